@@ -1,0 +1,56 @@
+"""Column scales and column sums in one library pass each, float32 arithmetic, one rounding.
+
+A batch norm in inference mode with mean 0 and variance 1 is  out = x * scale + shift  by column;
+its backward gives  dy * scale,  sum_rows dy * x  and  sum_rows dy  from one read of dy and x.
+The library computes both in float32 for bf16 and fp16 tensors with float32 scales, where a plain
+multiply would first convert the whole tensor.
+"""
+
+import torch
+from torch import Tensor
+
+
+def scale_columns(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """x [M, N] * scale [N] + shift [N], in x's dtype."""
+    if x.numel() == 0:  # the library divides by the number of rows
+        return torch.empty_like(x)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scale = scale.to(wide)
+    shift = torch.zeros_like(scale) if shift is None else shift.to(wide)
+    mean, variance = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.native_batch_norm(x, scale, shift, mean, variance, False, 0.0, 0.0)[0]
+
+
+def scale_columns_backward(
+    dy: Tensor, x: Tensor | None, scale: Tensor, *, scaled: bool, summed: bool, shift: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dy * scale, sum_rows dy * x, sum_rows dy), each None where it is not asked for.
+
+    dy, x [M, N].  The sums are float32 (float64 for float64).  x may be None unless ``summed``.
+    """
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    if dy.numel() == 0:
+        sums = torch.zeros(dy.shape[1], dtype=wide, device=dy.device)
+        return (
+            torch.empty_like(dy) if scaled else None,
+            sums if summed else None,
+            sums.clone() if shift else None,
+        )
+    if not summed:
+        return (
+            scale_columns(dy, scale) if scaled else None,
+            None,
+            dy.sum(0, dtype=wide) if shift else None,
+        )
+    if x is None:
+        raise RuntimeError("the sum over dy * x was asked for without x")
+    gamma = scale.to(wide)
+    mean, variance = torch.zeros_like(gamma), torch.ones_like(gamma)
+    scaled_dy, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
+        dy, x, gamma, mean, variance, None, None, False, 0.0, [scaled, summed, shift]
+    )
+    return (
+        scaled_dy if scaled else None,
+        d_scale,
+        d_shift if shift else None,
+    )

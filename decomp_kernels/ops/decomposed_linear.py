@@ -1,0 +1,383 @@
+"""The decomposed linear as an operator: schema, fakes, dispatch, autograd.
+
+Formula and gradients: reference/decomposed_linear.py.  Tensors may have any leading dimensions.
+"""
+
+import math
+from dataclasses import dataclass
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from decomp_kernels import dispatch
+from decomp_kernels.factors import ACTIVATIONS, WeightMap
+from decomp_kernels.kernels.aten import decomposed_linear as aten
+from decomp_kernels.kernels.columns import scale_columns
+from decomp_kernels.reference import decomposed_linear as reference
+from decomp_kernels.reference.decomposed_linear import Gradients
+from decomp_kernels.reference.dropout import threshold
+
+_SHARED = (
+    "Tensor weight, Tensor? weight_scale, str weight_format, Tensor? bias, "
+    "Tensor? down, Tensor? up, Tensor? core, Tensor? in_scale, Tensor? out_scale, "
+)
+_OPTIONS = "Tensor? seed, float scale, float dropout, str activation, "
+
+torch.library.define(
+    "decomp_kernels::decomposed_linear_fwd",
+    f"(Tensor x, {_SHARED}Tensor? addend, {_OPTIONS}bool[] keep, str impl) "
+    "-> (Tensor y, Tensor t, Tensor z)",
+)
+torch.library.define(
+    "decomp_kernels::decomposed_linear_bwd",
+    f"(Tensor dy, Tensor? x, {_SHARED}Tensor? t, Tensor? z, {_OPTIONS}bool[] needs, str impl) -> ("
+    + ", ".join(f"Tensor d_{name}" for name in Gradients._fields)
+    + ")",
+)
+
+
+@torch.library.impl("decomp_kernels::decomposed_linear_fwd", "CompositeExplicitAutograd")
+def _fwd(
+    x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale, addend,
+    seed, scale, dropout, activation, keep, impl,
+):  # fmt: skip
+    _check_format(weight_scale, weight_format)
+    N, K = weight.shape
+    rows = x.reshape(-1, K)
+    y, t, z = _implementation(x, impl).forward(
+        rows, weight, bias, down, up, core, in_scale, out_scale,
+        None if addend is None else addend.reshape(-1, N),
+        seed, scale, dropout, activation,
+    )  # fmt: skip
+    keep_t, keep_z = keep
+    return (
+        torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N)),
+        t if keep_t and t is not None else _absent(x),
+        z if keep_z and z is not None else _absent(x),
+    )
+
+
+@torch.library.impl("decomp_kernels::decomposed_linear_bwd", "CompositeExplicitAutograd")
+def _bwd(
+    dy, x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale,
+    t, z, seed, scale, dropout, activation, needs, impl,
+):  # fmt: skip
+    _check_format(weight_scale, weight_format)
+    N, K = weight.shape
+    grads = _implementation(dy, impl).backward(
+        dy.reshape(-1, N), None if x is None else x.reshape(-1, K), weight, bias, down, up, core,
+        in_scale, out_scale, t, z, seed, scale, dropout, activation, needs,
+    )  # fmt: skip
+    fake = _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs)
+    return tuple(
+        _absent(dy) if like is None else grad.to(like.dtype).reshape(like.shape)
+        for grad, like in zip(grads, fake, strict=True)
+    )
+
+
+@torch.library.register_fake("decomp_kernels::decomposed_linear_fwd")
+def _fwd_fake(
+    x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale, addend,
+    seed, scale, dropout, activation, keep, impl,
+):  # fmt: skip
+    N = weight.shape[0]
+    tokens = math.prod(x.shape[:-1])
+    keep_t, keep_z = keep
+    y = x.new_empty((*x.shape[:-1], N))
+    t = down.new_empty((tokens, down.shape[0])) if keep_t and down is not None else _absent(x)
+    return y, t, x.new_empty((tokens, N)) if keep_z else _absent(x)
+
+
+@torch.library.register_fake("decomp_kernels::decomposed_linear_bwd")
+def _bwd_fake(
+    dy, x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale,
+    t, z, seed, scale, dropout, activation, needs, impl,
+):  # fmt: skip
+    fake = _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs)
+    return tuple(_absent(dy) if like is None else torch.empty_like(like) for like in fake)
+
+
+def _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs):
+    """A tensor of the shape and dtype of each gradient asked for, None for the others."""
+    need = Gradients(*needs)
+    return (
+        dy.new_empty((*dy.shape[:-1], weight.shape[1])) if need.x else None,
+        weight if need.weight else None,
+        bias if need.bias else None,
+        down if need.down else None,
+        up if need.up else None,
+        core if need.core else None,
+        in_scale if need.in_scale else None,
+        out_scale if need.out_scale else None,
+        dy if need.addend else None,
+    )
+
+
+def _implementation(x: Tensor, impl: str):
+    return reference if dispatch.choose(x, impl) == "reference" else aten
+
+
+def _absent(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _check_format(weight_scale: Tensor | None, weight_format: str) -> None:
+    if weight_format != "dense" or weight_scale is not None:
+        raise ValueError(f"weight_format must be 'dense' without a scale, got {weight_format!r}")
+
+
+fwd = torch.ops.decomp_kernels.decomposed_linear_fwd.default
+bwd = torch.ops.decomp_kernels.decomposed_linear_bwd.default
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the Function needs beside its tensors."""
+
+    scale: float
+    dropout: float
+    activation: str
+    save_output: bool
+    compute: torch.dtype | None  # autocast's dtype, else None
+    map_kind: type[WeightMap] | None
+    map_names: tuple[str, ...]  # the map's tensors, in the order in which they are passed
+    map_scale: float | None
+    impl: str
+
+
+class _DecomposedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed, *mapped
+    ):
+        need = Gradients(*ctx.needs_input_grad[1:10])
+        need_map = any(ctx.needs_input_grad[11:])
+        compute = options.compute
+        curved = options.activation != "identity" and (need.x or need.in_scale or need.down)
+        keep_t = bool(need.up or need.core or curved)
+        keep_z = bool(need.out_scale) and not options.save_output
+        keep_x = need.weight or need.down or need.in_scale or need_map
+        y, t, z = fwd(
+            _to(x, compute), _effective(options, _to(weight, compute), mapped), None, "dense",
+            bias, _to(down, compute), _to(up, compute), core, in_scale, out_scale,
+            _to(addend, compute), seed, options.scale, options.dropout, options.activation,
+            [keep_t, keep_z], options.impl,
+        )  # fmt: skip
+        ctx.options, ctx.x_dtype = options, x.dtype
+        ctx.addend_dtype = None if addend is None else addend.dtype
+        ctx.save_for_backward(
+            x if keep_x else None, weight, bias, down, up, core, in_scale, out_scale, seed,
+            t if keep_t else None, z if keep_z else None,
+            y if need.out_scale and options.save_output else None, *mapped,
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        options: _Options = ctx.options
+        x, weight, bias, down, up, core, in_scale, out_scale, seed, t, z, y = ctx.saved_tensors[:12]
+        mapped = ctx.saved_tensors[12:]
+        need = Gradients(*ctx.needs_input_grad[1:10])
+        need_map = any(ctx.needs_input_grad[11:])
+        compute = options.compute
+        cast_x, cast_weight = _to(x, compute), _to(weight, compute)
+        if y is not None:  # save_output: z = y / out_scale
+            z = scale_columns(y.reshape(-1, y.shape[-1]), out_scale.reciprocal())
+        map_op = _map_op(options) if need_map else None
+        needs_dX = map_op is not None and map_op.FROM_INPUT_GRADIENT
+        asked = need._replace(
+            x=bool(need.x or needs_dX), addend=bool(need.addend and out_scale is not None)
+        )
+        grads = Gradients(
+            *bwd(
+                dy, cast_x, _effective(options, cast_weight, mapped), None, "dense", bias,
+                _to(down, compute), _to(up, compute), core, in_scale, out_scale, t, z, seed,
+                options.scale, options.dropout, options.activation,
+                [bool(wanted) for wanted in asked], options.impl,
+            )  # fmt: skip
+        )
+        map_grads: tuple[Tensor | None, ...] = (None,) * len(mapped)
+        if map_op is not None:
+            g = dy.reshape(-1, dy.shape[-1])
+            g = g if out_scale is None else scale_columns(g.contiguous(), out_scale)
+            X = cast_x.reshape(-1, cast_x.shape[-1])
+            X = X if in_scale is None else scale_columns(X.contiguous(), in_scale)
+            dX = grads.x.reshape(X.shape) if needs_dX else None
+            map_grads = map_op.contract(
+                _weight_map(options, mapped), cast_weight, g, X, dX, options.impl
+            )
+        if need.addend and out_scale is None:
+            grads = grads._replace(addend=dy)
+        dtypes = {"x": ctx.x_dtype, "weight": weight.dtype, "addend": ctx.addend_dtype}
+        if down is not None:
+            dtypes |= {"down": down.dtype, "up": up.dtype}
+        shown = (
+            (grad.to(dtypes.get(name, grad.dtype)) if wanted else None)
+            for name, grad, wanted in zip(Gradients._fields, grads, need, strict=True)
+        )
+        return None, *shown, None, *map_grads
+
+
+def decomposed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
+    core: Tensor | None = None,
+    scale: float = 1.0,
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    activation: str = "identity",
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    weight_map: WeightMap | None = None,
+    save_output: bool = False,
+    impl: str = "auto",
+) -> Tensor:
+    """``out_scale * (X W_eff^T + scale * (phi(drop(X) down^T) * core) up^T + addend) + bias``.
+
+    X = x * in_scale, phi = ``activation`` (identity, relu, silu, gelu, tanh) and W_eff is
+    ``weight``, or ``weight_map`` of it.  arXiv 2407.05417: its methods are choices of these terms.
+
+    x [..., K] and weight [N, K] have one dtype (float32, bfloat16, float16; float64 is computed in
+    float64 throughout).  down [r, K] and up [N, r] have that dtype or float32, and the rank-r work
+    keeps the precision of theirs.  core [r], in_scale [K], out_scale [N], bias [N]: any of these
+    floating dtypes, used in float32.  addend [..., N].  Returns y [..., N] in x's dtype, or in
+    autocast's.
+
+    ``dropout`` in [0, 1) drops elements of X for the low-rank branch alone.  The mask is made by
+    a counter (reference/dropout.py) from ``seed``, an int64 scalar tensor, drawn from torch's
+    generator where it is not given, and is made again in backward: nothing is kept for it.
+    ``save_output`` keeps y instead of the tensor before out_scale (see factors.Factors).
+
+    Gradients: every tensor argument that requires grad, by hand-written formulas
+    (reference/decomposed_linear.py); none of a gradient's second order.  Raises ValueError or
+    TypeError before any work where shapes, dtypes, devices or options do not fit.
+    """
+    _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activation, dropout)
+    if save_output and bias is not None and out_scale is not None:
+        raise ValueError(
+            "save_output=True needs a layer without bias: the gradient of out_scale is taken from "
+            "y / out_scale; leave save_output=False for this layer"
+        )
+    dispatch.check(impl)
+    if weight_map is not None and weight.requires_grad:
+        # The gradient of a trained base weight is dense, and so is its way through the map.
+        map_op = import_module(f"decomp_kernels.ops.{weight_map.op}")
+        weight, weight_map = map_op.dense(weight_map, weight), None
+    if threshold(dropout) == 0 or down is None:
+        dropout, seed = 0.0, None
+    elif seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+    named = weight_map.named_tensors() if weight_map is not None else {}
+    options = _Options(
+        scale=float(scale),
+        dropout=dropout,
+        activation=activation,
+        save_output=save_output,
+        compute=_autocast_dtype(x),
+        map_kind=None if weight_map is None else type(weight_map),
+        map_names=tuple(named),
+        map_scale=getattr(weight_map, "scale", None),
+        impl=impl,
+    )
+    return _DecomposedLinear.apply(
+        options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed,
+        *named.values(),
+    )  # fmt: skip
+
+
+def _weight_map(options: _Options, mapped: tuple[Tensor, ...]) -> WeightMap:
+    assert options.map_kind is not None
+    scale = {} if options.map_scale is None else {"scale": options.map_scale}
+    return options.map_kind(**dict(zip(options.map_names, mapped, strict=True)), **scale)
+
+
+def _map_op(options: _Options):
+    assert options.map_kind is not None
+    return import_module(f"decomp_kernels.ops.{options.map_kind.op}")
+
+
+def _effective(options: _Options, weight: Tensor, mapped: tuple[Tensor, ...]) -> Tensor:
+    """The weight of the base GEMM; a mapped one is built anew each time and never kept."""
+    if options.map_kind is None:
+        return weight
+    return _map_op(options).build(_weight_map(options, mapped), weight, options.impl)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _to(t: Tensor | None, dtype: torch.dtype | None):
+    return t if t is None or dtype is None else t.to(dtype)
+
+
+def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activation, dropout):
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
+    N, K = weight.shape
+    if x.dim() < 1 or x.shape[-1] != K:
+        raise ValueError(
+            f"x must end in the weight's K = {K} columns, got shape {tuple(x.shape)}; "
+            "weight is [out_features, in_features]"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dtype != weight.dtype and _autocast_dtype(x) is None:
+        raise TypeError(
+            f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}; "
+            "convert x or run under torch.autocast"
+        )
+    if (down is None) != (up is None):
+        raise ValueError("down and up come together: give both, or neither")
+    r = None if down is None else down.shape[0] if down.dim() == 2 else -1
+    expected = {
+        "bias": (bias, (N,)),
+        "down": (down, (r, K)),
+        "up": (up, (N, r)),
+        "core": (core, (r,)),
+        "in_scale": (in_scale, (K,)),
+        "out_scale": (out_scale, (N,)),
+        "addend": (addend, (*x.shape[:-1], N)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {_readable(shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
+    if core is not None and down is None:
+        raise ValueError("core scales the low-rank branch: give down and up with it")
+    if down is not None and _autocast_dtype(x) is None:
+        if down.dtype != up.dtype:
+            raise TypeError(f"down and up must have one dtype, got {down.dtype} and {up.dtype}")
+        if down.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
+            raise TypeError(
+                f"down and up must be {x.dtype} as x is, or float32, got {down.dtype}"
+            )
+    if addend is not None and addend.dtype != x.dtype and _autocast_dtype(x) is None:
+        raise TypeError(f"addend must be {x.dtype} as x is, got {addend.dtype}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if not 0.0 <= dropout < 1.0 or threshold(dropout) == 65536:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+
+
+def _readable(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("r" if n in (None, -1) else str(n) for n in shape) + ")"
