@@ -22,9 +22,7 @@ def keep(seed: Tensor, rows: slice, cols: int, p: float) -> Tensor:
     """int16 [rows, cols] of 0 and 1: the mask of those rows of a [M, cols] tensor."""
     first, last = rows.start * cols, rows.stop * cols
     first_word, last_word = first // 4, -(-last // 4)
-    counter = torch.arange(
-        first_word + 1, last_word + 1, dtype=torch.int64, device=seed.device
-    )
+    counter = torch.arange(first_word + 1, last_word + 1, dtype=torch.int64, device=seed.device)
     z = torch.add(seed, counter, alpha=GOLDEN)
     t = z >> 30
     z = z.bitwise_xor_(t.bitwise_and_((1 << 34) - 1)).mul_(MIX1)

@@ -88,6 +88,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.method = method
         self.initialized = False  # False while the base weight has no values yet (meta device)
+        self.frozen: set[str] = set()  # parameters that never train, such as VeRA's projections
 
     def extra_repr(self) -> str:
         return repr(self.method)
@@ -160,6 +161,9 @@ class Method:
     def create(self, adapter: Adapter, base: Base) -> None:
         """Make the parameters and buffers of one layer, all from its loaded weight."""
         raise NotImplementedError
+
+    def refresh(self, adapter: Any, base: Base) -> None:
+        """Make anew what was derived from the base weight, which was loaded or converted."""
 
     def lower(self, adapter: Any, base: Base) -> Factors:
         """The factors of this forward.  Methods that override forward and merged need none."""

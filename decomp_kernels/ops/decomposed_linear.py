@@ -192,10 +192,25 @@ class _DecomposedLinear(torch.autograd.Function):
         )
         grads = Gradients(
             *bwd(
-                dy, cast_x, _effective(options, cast_weight, mapped), None, "dense", bias,
-                _to(down, compute), _to(up, compute), core, in_scale, out_scale, t, z, seed,
-                options.scale, options.dropout, options.activation,
-                [bool(wanted) for wanted in asked], options.impl,
+                dy,
+                cast_x,
+                _effective(options, cast_weight, mapped),
+                None,
+                "dense",
+                bias,
+                _to(down, compute),
+                _to(up, compute),
+                core,
+                in_scale,
+                out_scale,
+                t,
+                z,
+                seed,
+                options.scale,
+                options.dropout,
+                options.activation,
+                [bool(wanted) for wanted in asked],
+                options.impl,
             )  # fmt: skip
         )
         map_grads: tuple[Tensor | None, ...] = (None,) * len(mapped)
@@ -368,9 +383,7 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
         if down.dtype != up.dtype:
             raise TypeError(f"down and up must have one dtype, got {down.dtype} and {up.dtype}")
         if down.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
-            raise TypeError(
-                f"down and up must be {x.dtype} as x is, or float32, got {down.dtype}"
-            )
+            raise TypeError(f"down and up must be {x.dtype} as x is, or float32, got {down.dtype}")
     if addend is not None and addend.dtype != x.dtype and _autocast_dtype(x) is None:
         raise TypeError(f"addend must be {x.dtype} as x is, got {addend.dtype}")
     if activation not in ACTIVATIONS:

@@ -1,0 +1,23 @@
+"""Parameter-efficient fine-tuning as decompositions of one frozen weight (arXiv 2407.05417)."""
+
+from decomp_kernels.factors import Factors
+from decomp_kernels.linear import DecomposedLinear
+from decomp_kernels.methods import METHODS, methods
+from decomp_kernels.model import (
+    adapt,
+    decay_to_one,
+    disable,
+    initialize,
+    merge,
+    param_groups,
+    print_trainable_parameters,
+    remove,
+    report,
+    set_adapter,
+    unmerge,
+)
+from decomp_kernels.ops.decomposed_linear import decomposed_linear
+
+__version__ = "0.1.0"
+
+globals().update({cls.__name__: cls for cls in METHODS.values()})

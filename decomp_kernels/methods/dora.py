@@ -1,0 +1,118 @@
+"""DoRA (Liu et al. 2024, arXiv:2402.09353): learn a weight's direction and length apart.
+
+    V = W + s B A       c = m / ||V||_row       W' = diag(c) V       y = c * (x V^T) + b
+    A [r, K] uniform as nn.Linear's weight    B [N, r] zeros    m [N] = ||W||_row
+
+The norm is a constant for the gradient (the paper, 4.3) unless norm_grad.  It is found without
+B A (ops/row_norm.py), in float32, and m is made by the same code, so the start is exact.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from decomp_kernels.factors import Factors
+from decomp_kernels.methods.base import Adapter, Base, LowRank, method
+from decomp_kernels.ops.dropout import counter_dropout
+from decomp_kernels.ops.row_norm import row_norm, squared_rows
+
+_optimizer_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+@method("dora")
+class DoRA(LowRank):
+    """norm_grad: let the norm have a gradient.  cache_norm: keep it until the next optimizer step.
+
+    dropout_mode: "branch" drops x on the low-rank branch, one base GEMM; "peft" drops it in the
+    base product of the magnitude's share too, y = x W^T + (c - 1) x~ W^T + c s x~ A^T B^T + b,
+    two base GEMMs.  norm_dtype: "float32", or "match" to round the norm to the adapter's dtype as
+    PEFT does, for magnitudes that were trained so.
+    """
+
+    formula = "diag(m / ||V||) V,  V = W + s B A"
+    citation = "arXiv:2402.09353"
+    trains = "r (N + K) + N"
+    peft = "LoraConfig(use_dora=True)"
+
+    norm_grad: bool = False
+    cache_norm: bool = False
+    dropout_mode: str = "branch"
+    norm_dtype: str = "float32"
+
+    def check_options(self) -> None:
+        super().check_options()
+        for option, allowed in (
+            ("dropout_mode", ("branch", "peft")),
+            ("norm_dtype", ("float32", "match")),
+        ):
+            if getattr(self, option) not in allowed:
+                raise ValueError(
+                    f"{option} must be one of {', '.join(allowed)}, got {getattr(self, option)!r}"
+                )
+        if self.cache_norm and self.norm_grad:
+            raise ValueError("cache_norm keeps a constant: it cannot be used with norm_grad=True")
+        if self.activation != "identity" and self.dropout_mode == "peft":
+            raise ValueError('dropout_mode="peft" is for activation="identity"')
+
+    def create(self, adapter: Adapter, base: Base) -> None:
+        adapter.down = base.kaiming(self.r, base.in_features)
+        adapter.up = base.matrix(base.out_features, self.r)
+        adapter.register_buffer("weight_sq", squared_rows(base.weight), persistent=False)
+        adapter.weight_seen = _identity(base.weight)
+        adapter.kept_norm = None
+        adapter.magnitude = nn.Parameter(self.norm(adapter, base).detach().clone())
+
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
+        return Factors(
+            down=adapter.down,
+            up=adapter.up,
+            scale=self.scale,
+            out_scale=adapter.magnitude / self.norm(adapter, base),
+            activation=self.activation,
+        )
+
+    def forward(self, adapter: Adapter, base: Base, x: Tensor, training: bool) -> Tensor:
+        if not (training and self.dropout > 0.0 and self.dropout_mode == "peft"):
+            return super().forward(adapter, base, x, training)
+        dropped = counter_dropout(x, self.dropout)
+        factors = self.lower(adapter, base)
+        scaled = self.apply(factors, base._replace(bias=None), dropped)
+        return self.apply(Factors(addend=scaled), base, x - dropped)
+
+    def norm(self, adapter: Adapter, base: Base) -> Tensor:
+        """||V_j||, [N], float32 or wider, with a gradient only where norm_grad asks for it."""
+        if not torch.compiler.is_compiling() and adapter.weight_seen != _identity(base.weight):
+            self.refresh(adapter, base)
+        if not self.cache_norm or torch.compiler.is_compiling():
+            return self._norm_now(adapter, base)
+        state = (_optimizer_steps, *map(_identity, (base.weight, adapter.down, adapter.up)))
+        if adapter.kept_norm is None or adapter.kept_norm[0] != state:
+            adapter.kept_norm = (state, self._norm_now(adapter, base))
+        return adapter.kept_norm[1]
+
+    def refresh(self, adapter: Adapter, base: Base) -> None:
+        adapter.weight_sq = squared_rows(base.weight.detach())
+        adapter.weight_seen = _identity(base.weight)
+
+    def _norm_now(self, adapter: Adapter, base: Base) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.norm_grad):
+            norm = row_norm(
+                base.weight, adapter.down, adapter.up, self.scale,
+                weight_sq=adapter.weight_sq, impl=self.impl,
+            )  # fmt: skip
+        if self.norm_dtype == "match":
+            norm = norm.to(adapter.down.dtype).to(norm.dtype)
+        return norm
+
+
+def _identity(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    """Changes whenever the values may have: in-place work counts, and so does new storage."""
+    return tensor.data_ptr(), tensor._version, tensor.dtype

@@ -1,0 +1,105 @@
+"""Row norms of W + scale * B A as an operator: schema, fakes, dispatch, autograd.
+
+Formula and gradients: reference/row_norm.py.  DoRA (arXiv 2402.09353) divides its magnitude by it.
+"""
+
+import torch
+from torch import Tensor
+
+from decomp_kernels import dispatch
+from decomp_kernels.kernels.aten import row_norm as aten
+from decomp_kernels.reference import row_norm as reference
+
+torch.library.define("decomp_kernels::squared_rows", "(Tensor weight) -> Tensor")
+torch.library.define(
+    "decomp_kernels::row_norm_fwd",
+    "(Tensor weight, Tensor weight_sq, Tensor down, Tensor up, float scale, str impl) -> Tensor",
+)
+torch.library.define(
+    "decomp_kernels::row_norm_bwd",
+    "(Tensor d_norm, Tensor norm, Tensor weight, Tensor down, Tensor up, float scale, str impl)"
+    " -> (Tensor, Tensor)",
+)
+
+
+@torch.library.impl("decomp_kernels::squared_rows", "CompositeExplicitAutograd")
+def _squared_rows(weight):
+    return aten.squared_rows(weight)
+
+
+@torch.library.impl("decomp_kernels::row_norm_fwd", "CompositeExplicitAutograd")
+def _fwd(weight, weight_sq, down, up, scale, impl):
+    if dispatch.choose(weight, impl) == "reference":
+        return reference.forward(weight, down, up, scale)
+    return aten.forward(weight, weight_sq, down, up, scale)
+
+
+@torch.library.impl("decomp_kernels::row_norm_bwd", "CompositeExplicitAutograd")
+def _bwd(d_norm, norm, weight, down, up, scale, impl):
+    chosen = reference if dispatch.choose(weight, impl) == "reference" else aten
+    d_down, d_up = chosen.backward(d_norm, norm, weight, down, up, scale)
+    return d_down.to(down.dtype).contiguous(), d_up.to(up.dtype).contiguous()
+
+
+@torch.library.register_fake("decomp_kernels::squared_rows")
+def _squared_rows_fake(weight):
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    return weight.new_empty(weight.shape[0], dtype=wide)
+
+
+@torch.library.register_fake("decomp_kernels::row_norm_fwd")
+def _fwd_fake(weight, weight_sq, down, up, scale, impl):
+    return torch.empty_like(weight_sq)
+
+
+@torch.library.register_fake("decomp_kernels::row_norm_bwd")
+def _bwd_fake(d_norm, norm, weight, down, up, scale, impl):
+    return down.new_empty(down.shape), up.new_empty(up.shape)
+
+
+squared_rows = torch.ops.decomp_kernels.squared_rows.default
+fwd = torch.ops.decomp_kernels.row_norm_fwd.default
+bwd = torch.ops.decomp_kernels.row_norm_bwd.default
+
+
+class _RowNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, weight_sq, down, up, scale, impl):
+        norm = fwd(weight, weight_sq, down, up, scale, impl)
+        ctx.save_for_backward(norm, weight, down, up)
+        ctx.scale, ctx.impl = scale, impl
+        return norm
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_norm):
+        d_down, d_up = bwd(d_norm, *ctx.saved_tensors, ctx.scale, ctx.impl)
+        return None, None, d_down, d_up, None, None
+
+
+def row_norm(
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float = 1.0,
+    *,
+    weight_sq: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """``||(weight + scale * up @ down)_j||_2``, [N], without forming up @ down.
+
+    weight [N, K], frozen: it gets no gradient.  down [r, K] and up [N, r] of one dtype, the
+    weight's or float32.  weight_sq: ``squared_rows(weight)`` where the caller keeps it.  Returns
+    float32, or float64 for a float64 weight; bf16 operands are multiplied exactly and summed in
+    float32.  Raises ValueError where shapes do not fit.
+    """
+    if weight.dim() != 2 or down.dim() != 2 or up.dim() != 2:
+        raise ValueError("weight, down and up must be matrices: [N, K], [r, K], [N, r]")
+    N, K = weight.shape
+    if down.shape[1] != K or up.shape != (N, down.shape[0]):
+        raise ValueError(
+            f"down must be (r, {K}) and up ({N}, r), got {tuple(down.shape)} and {tuple(up.shape)}"
+        )
+    weight = weight.detach()
+    weight_sq = squared_rows(weight) if weight_sq is None else weight_sq
+    return _RowNorm.apply(weight, weight_sq, down, up, float(scale), impl)
