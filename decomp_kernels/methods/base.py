@@ -69,8 +69,8 @@ class Base(NamedTuple):
         nn.init.normal_(made, std=std)
         return made
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U [N, k], S [k] descending, Vt [k, K] of the weight, k = min(N, K), float32 or wider."""
+    def finite_weight(self) -> Tensor:
+        """The weight without a gradient, float32 or wider; raises where it cannot be decomposed."""
         weight = self.weight.detach().to(self.scale_dtype)
         if weight.device.type != "meta" and not torch.isfinite(weight).all():
             raise ValueError(
@@ -78,7 +78,11 @@ class Base(NamedTuple):
                 "decomposition, but it holds NaN or infinity; load the weights first, or exclude "
                 "this module"
             )
-        return torch.linalg.svd(weight, full_matrices=False)
+        return weight
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U [N, k], S [k] descending, Vt [k, K] of the weight, k = min(N, K), float32 or wider."""
+        return torch.linalg.svd(self.finite_weight(), full_matrices=False)
 
 
 class Adapter(nn.Module):
@@ -108,6 +112,7 @@ class Method:
     peft: ClassVar[str] = "none"  # the PEFT configuration that computes the same function
     identity_at_start: ClassVar[bool] = True
     full_rank_limit: ClassVar[bool] = False  # True where r above min(N, K) has no meaning
+    aliases: ClassVar[dict[str, str]] = {}  # further spellings of its options, as ALIASES
 
     impl: str = "auto"
 
@@ -247,7 +252,7 @@ def method(name: str) -> Callable[[Made], Made]:
 
         def __init__(self: Any, **options: Any) -> None:
             known = {field.name for field in fields(made)}
-            for alias, option in ALIASES.items():
+            for alias, option in {**ALIASES, **made.aliases}.items():
                 if alias in options and option in known:
                     if option in options:
                         raise TypeError(f"{alias} is {option}: give one of them, not both")
