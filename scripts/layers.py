@@ -1,0 +1,41 @@
+"""The package's layers, from the bottom up, and what each holds.  Read by the import test and the docs.
+
+A file may import what stands in a lower layer, its own folder, and its PEERS.
+"""
+
+LAYERS = [
+    {
+        "factors": "the form that every method lowers to",
+        "dispatch": "which implementation runs, and why",
+    },
+    {"reference": "the definition of each operator and its gradients, plainly"},
+    {"kernels": "fast implementations; kernels/aten: compositions of library calls"},
+    {"ops": "schema, fake, autograd, public function: one file an operator"},
+    {"methods": "LoRA, DoRA, SSB, ...: one file a method, found by a registry"},
+    {
+        "linear": "DecomposedLinear",
+        "conv1d": "the same for GPT-2's Conv1D",
+    },
+    {
+        "targets": "which modules a method goes on",
+        "saved_modules": "modules trained whole",
+    },
+    {
+        "model": "adapt, merge, remove, ...",
+        "constraints": "MPC over a whole model",
+    },
+    {
+        "interop": "other libraries",
+        "bench": "the measuring engine",
+        "testing": "the tolerance policy",
+    },
+    {"cli": "the decomp-kernels command"},
+]
+
+# conv1d is a part of linear, in a file of its own because it needs transformers.
+PEERS = {("linear", "conv1d"), ("conv1d", "linear"), ("targets", "saved_modules")}
+
+# The library calls that every implementation is made of; other kernel files stay apart.
+SHARED_KERNELS = {"gemm", "columns", "mask"}
+
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,34 @@
+"""What every test starts from: one thread, one seed, reproducible hypothesis examples."""
+
+import os
+import sys
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs one process a core
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(1)
+
+# Deadlines measure the machine, not the code.  The same examples each time, so that a failure in CI
+# is a failure everywhere; `make check-all` looks further, with new examples each time.
+_always = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("suite", max_examples=25, derandomize=True, database=None, **_always)
+settings.register_profile("full", max_examples=500, **_always)
+settings.load_profile("suite")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One worker for each core that this process may use, and no more than eight."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_start():
+    torch.manual_seed(0)
+    yield
+    if "torch._dynamo" in sys.modules:  # compiled code of one test must not meet another's limits
+        torch._dynamo.reset()
