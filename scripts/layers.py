@@ -1,4 +1,4 @@
-"""The package's layers, from the bottom up, and what each holds.  Read by the import test and the docs.
+"""The package's layers, from the bottom up, and what each holds: for the import test and docs.
 
 A file may import what stands in a lower layer, its own folder, and its PEERS.
 """
