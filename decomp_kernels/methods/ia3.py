@@ -1,7 +1,7 @@
 """(IA)^3 (Liu et al. 2022, arXiv:2205.05638): scale each output feature.
 
-    W' = diag(l) W        y = l * (x W^T) + b, or l * (x W^T + b) with scale_bias (PEFT's form)
-    l = out_scale [N], ones at the start
+W' = diag(l) W        y = l * (x W^T) + b, or l * (x W^T + b) with scale_bias (PEFT's form)
+l = out_scale [N], ones at the start
 """
 
 from decomp_kernels.factors import Factors

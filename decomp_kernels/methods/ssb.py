@@ -1,7 +1,7 @@
 """SSB (Si, Yang, Shen 2024, arXiv:2407.05417): scale the subspace of both singular vector sets.
 
-    W' = diag(out_scale) W diag(in_scale)        y = out_scale * ((x * in_scale) W^T) + b
-    in_scale [K], out_scale [N], ones at the start; the bias is not scaled
+W' = diag(out_scale) W diag(in_scale)        y = out_scale * ((x * in_scale) W^T) + b
+in_scale [K], out_scale [N], ones at the start; the bias is not scaled
 """
 
 from decomp_kernels.factors import Factors

@@ -354,6 +354,8 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
         )
     if (down is None) != (up is None):
         raise ValueError("down and up come together: give both, or neither")
+    if core is not None and down is None:
+        raise ValueError("core scales the low-rank branch: give down and up with it")
     r = None if down is None else down.shape[0] if down.dim() == 2 else -1
     expected = {
         "bias": (bias, (N,)),
@@ -377,8 +379,6 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if weight.device != x.device:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
-    if core is not None and down is None:
-        raise ValueError("core scales the low-rank branch: give down and up with it")
     if down is not None and _autocast_dtype(x) is None:
         if down.dtype != up.dtype:
             raise TypeError(f"down and up must have one dtype, got {down.dtype} and {up.dtype}")
@@ -393,4 +393,5 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
 
 
 def _readable(shape: tuple[int | None, ...]) -> str:
-    return "(" + ", ".join("r" if n in (None, -1) else str(n) for n in shape) + ")"
+    sizes = ["r" if size in (None, -1) else str(size) for size in shape]
+    return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"
