@@ -42,7 +42,7 @@ check: $(DEV_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) scripts/generate_docs.py --check
+	PYTHONPATH=. $(PY) scripts/generate_docs.py --check
 	rm -rf build dist && mkdir dist
 	$(PY) -m build --no-isolation --outdir dist . > dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
 	$(PY) scripts/check_dist.py dist
@@ -54,7 +54,7 @@ bench: $(DEV_READY)
 	$(PY) -m decomp_kernels.cli.main bench layer
 
 docs: $(DEV_READY)
-	$(PY) scripts/generate_docs.py
+	PYTHONPATH=. $(PY) scripts/generate_docs.py
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -10,12 +10,9 @@ from pathlib import Path
 import pytest
 
 import decomp_kernels as dk
+from layers import PEERS, RANK, SHARED_KERNELS
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from layers import PEERS, RANK, SHARED_KERNELS  # noqa: E402
-
 PACKAGE = ROOT / "decomp_kernels"
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,172 @@
+"""Writes docs/api.md, docs/methods.md and docs/architecture.svg from the code; --check compares.
+
+Edit docstrings, the methods' own declarations and scripts/layers.py, never the files themselves.
+"""
+
+import argparse
+import inspect
+import sys
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import decomp_kernels as dk
+from decomp_kernels import factors
+from layers import LAYERS
+
+ROOT = Path(__file__).parent.parent
+MADE_BY = "<!-- written by scripts/generate_docs.py; run `make docs` -->"
+
+API_HEAD = (
+    "`import decomp_kernels as dk`; every name below is `dk.<name>`. "
+    "The command line describes itself: `decomp-kernels --help`."
+)
+MAPS_HEAD = "The closed set of changes of a whole weight, in `decomp_kernels.factors`."
+METHODS_HEAD = (
+    "Options with their defaults; PEFT's spellings (`lora_alpha`, ...) are accepted too. "
+    "Formulas and counts in one table: [methods.md](methods.md)."
+)
+METHODS_COLUMNS = (
+    "method", "class", "W'", "trainable parameters of a layer", "mergeable",
+    "same function in PEFT", "paper",
+)  # fmt: skip
+
+
+def api() -> str:
+    """Every public name with its signature and its docstring."""
+    methods = set(dk.methods().values())
+    public = {
+        name: value
+        for name, value in vars(dk).items()
+        if not name.startswith("_") and not inspect.ismodule(value) and callable(value)
+    }
+    functions = {name: value for name, value in public.items() if inspect.isfunction(value)}
+    classes = {name: value for name, value in public.items() if name not in functions}
+    parts = [
+        f"# API\n\n{MADE_BY}\n\n{API_HEAD}\n\n## Functions\n",
+        *(_entry(name, functions[name]) for name in sorted(functions)),
+        "## Classes\n",
+        *(_entry(name, value) for name, value in sorted(classes.items()) if value not in methods),
+        f"## Weight maps\n\n{MAPS_HEAD}\n",
+        *(_entry(cls.__name__, cls) for cls in factors.WeightMap.__subclasses__()),
+        f"## Methods\n\n{METHODS_HEAD}\n",
+        *(_entry(cls.__name__, cls) for cls in sorted(methods, key=lambda cls: cls.__name__)),
+    ]
+    return "\n".join(parts)
+
+
+def methods_table() -> str:
+    """The registry as a table, and each method's file in its own words."""
+    rows = ["| " + " | ".join(METHODS_COLUMNS) + " |", "|---" * len(METHODS_COLUMNS) + "|"]
+    for name, cls in dk.methods().items():
+        why_not = cls().why_not_mergeable
+        mergeable = "yes" if why_not is None else f"no: {why_not}"
+        link = cls.citation.replace("arXiv:", "")
+        paper = f"[{cls.citation}](https://arxiv.org/abs/{link})" if link[:1].isdigit() else link
+        cells = [f"`{name}`", f"[`{cls.__name__}`](api.md#{cls.__name__.lower()})",
+                 f"`{cls.formula}`", f"`{cls.trains}`", mergeable, cls.peft, paper]  # fmt: skip
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    sizes = "W [N, K] as in `nn.Linear` (N outputs, K inputs), r the rank."
+    return f"# Methods\n\n{MADE_BY}\n\n{sizes}\n\n" + "\n".join(rows) + "\n"
+
+
+def _entry(name: str, value: object) -> str:
+    words = inspect.getdoc(value) or ""
+    if is_dataclass(value) and words.startswith(f"{name}("):  # what @dataclass writes by itself
+        words = ""
+    if value in dk.methods().values():
+        head = inspect.getdoc(sys.modules[value.__module__]) or ""
+        words = "\n\n".join(part for part in (head, words) if part)
+    text = [f"### {name}\n", f"```python\n{_signature(name, value)}\n```\n"]
+    text.append(f"```text\n{words}\n```\n")
+    if inspect.isclass(value):
+        for member_name, member in vars(value).items():
+            if inspect.isfunction(member) and not member_name.startswith("_"):
+                if value in dk.methods().values():
+                    continue  # create, lower and the like: CONTRIBUTING.md
+                text.append(f"```python\n{_signature(f'{name}.{member_name}', member)}\n```\n")
+                text.append(f"```text\n{inspect.getdoc(getattr(value, member_name))}\n```\n")
+    return "\n".join(text)
+
+
+def _signature(name: str, value: object) -> str:
+    if is_dataclass(value):
+        shown = [
+            field.name if _required(field) else f"{field.name}={field.default!r}"
+            for field in sorted(fields(value), key=lambda field: field.name == "impl")
+        ]
+    else:
+        shown = []
+        for parameter in inspect.signature(value).parameters.values():
+            starred = any(entry.startswith("*") for entry in shown)
+            if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+                shown.append("*")
+            if parameter.name != "self":
+                shown.append(str(parameter.replace(annotation=parameter.empty)))
+    line = f"{name}({', '.join(shown)})"
+    if len(line) <= 100:
+        return line
+    return f"{name}(\n    " + ",\n    ".join(shown) + ",\n)"
+
+
+def _required(field) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
+
+
+def picture() -> str:
+    """The layers as boxes, users at the top, with the arrows between them."""
+    width, box_height, gap, margin = 860, 50, 22, 20
+    height = margin * 2 + len(LAYERS) * box_height + (len(LAYERS) - 1) * gap
+    shapes = []
+    for row, boxes in enumerate(reversed(LAYERS)):
+        top = margin + row * (box_height + gap)
+        box_width = (width - 2 * margin - (len(boxes) - 1) * 12) / len(boxes)
+        for column, (name, words) in enumerate(boxes.items()):
+            left = margin + column * (box_width + 12)
+            middle = left + box_width / 2
+            shapes.append(
+                f'<rect x="{left:.0f}" y="{top}" width="{box_width:.0f}" height="{box_height}" '
+                'rx="6" fill="#eef3fb" stroke="#4a6fa5"/>'
+                f'<text x="{middle:.0f}" y="{top + 21}" font-weight="bold">{escape(name)}</text>'
+                f'<text x="{middle:.0f}" y="{top + 39}" font-size="13">{escape(words)}</text>'
+            )
+        if row:
+            shapes.append(
+                f'<path d="M {width / 2:.0f} {top - gap} v {gap - 8}" stroke="#333" '
+                'stroke-width="2" marker-end="url(#head)"/>'
+            )
+    body = "\n".join(shapes)
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"
+  width="{width}" height="{height}" font-family="sans-serif" font-size="15" text-anchor="middle">
+<title>The layers of decomp_kernels: arrows point from a file to what it may import</title>
+<defs>
+<marker id="head" markerWidth="8" markerHeight="8" refX="2" refY="4" orient="auto"
+  markerUnits="userSpaceOnUse"><path d="M0 0 L8 4 L0 8 Z" fill="#333"/></marker>
+</defs>
+<rect width="{width}" height="{height}" fill="white"/>
+{body}
+</svg>
+"""
+
+
+FILES = {"api.md": api, "methods.md": methods_table, "architecture.svg": picture}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    check = parser.parse_args().check
+    stale = []
+    for name, make in FILES.items():
+        path, text = ROOT / "docs" / name, make()
+        if check and (not path.exists() or path.read_text(encoding="utf-8") != text):
+            stale.append(name)
+        elif not check:
+            path.write_text(text, encoding="utf-8")
+    if stale:
+        sys.exit(f"stale: docs/{', docs/'.join(stale)}; run `make docs` and commit the result")
+    print(f"docs: {', '.join(FILES)} {'are current' if check else 'written'}")
+
+
+if __name__ == "__main__":
+    main()
