@@ -149,6 +149,11 @@ class Method:
                 "lower r or exclude this module"
             )
 
+    @classmethod
+    def small(cls) -> "Method":
+        """An instance that fits a layer of a few dozen features; tests and examples use it."""
+        return cls(**({"r": 4} if "r" in {field.name for field in fields(cls)} else {}))
+
     @property
     def why_not_mergeable(self) -> str | None:
         """None where the adapted layer is a linear again, else the reason why it is not."""
