@@ -19,6 +19,7 @@ settings.register_profile("full", max_examples=500, **_always)
 settings.load_profile("suite")
 
 
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is not installed, nobody asks
 def pytest_xdist_auto_num_workers(config):
     """One worker for each core that this process may use, and no more than eight."""
     if hasattr(os, "sched_getaffinity"):
