@@ -101,14 +101,27 @@ class Decomposed:
             for tensor_name, tensor in adapter.named_parameters():
                 tensor.requires_grad_(other == name and tensor_name not in adapter.frozen)  # type: ignore[operator]
 
-    def merge(self, keep_base: bool = True) -> None:
+    def check_mergeable(self, path: str = "") -> None:
+        """Raise ValueError where the active adapter is no linear map of x."""
+        if self.active_adapter is None:
+            return
+        adapter: Any = self.adapters[self.active_adapter]
+        if adapter.method.why_not_mergeable is not None:
+            raise ValueError(
+                f"{path or 'this layer'} cannot be merged: {adapter.method.why_not_mergeable}; "
+                "keep it unmerged, or remove the adapter"
+            )
+        if not adapter.initialized:
+            raise RuntimeError("the adapter has no values yet; call decomp_kernels.initialize")
+
+    def merge(self, keep_base: bool = True, path: str = "") -> None:
         """Write the active adapter into the weight.  With keep_base, ``unmerge`` is exact.
 
         The merged values are a new Parameter: a weight tied to another module is left alone.
         """
         if self.merged_adapter is not None or self.active_adapter is None:
             return
-        weight, bias = self.merged_values()
+        weight, bias = self.merged_values(path)
         kept = (_on_host(self.weight), None if self.bias is None else _on_host(self.bias))
         self.kept_base = kept if keep_base else None
         self.weight = nn.Parameter(self.stored(weight), requires_grad=self.weight.requires_grad)
@@ -121,12 +134,7 @@ class Decomposed:
     def merged_values(self, path: str = "") -> tuple[Tensor, Tensor | None]:
         """(weight [out, in], bias) of the plain linear that computes what this layer does."""
         adapter: Any = self.adapters[self.active_adapter]  # type: ignore[index]
-        why_not = adapter.method.why_not_mergeable
-        if why_not is not None:
-            raise ValueError(
-                f"{path or 'this layer'} cannot be merged: {why_not}; keep it unmerged, "
-                "or remove the adapter"
-            )
+        self.check_mergeable(path)
         weight, bias = adapter.method.merged(adapter, self.base(path))
         for what, values in (("weight", weight), ("bias", bias)):
             if values is not None and not torch.isfinite(values).all():
@@ -157,7 +165,7 @@ class Decomposed:
         """Become the plain module again: merged values stay, unmerged adapters are dropped."""
         for name in ("adapters", "active_adapter", "disabled", "merged_adapter", "kept_base"):
             delattr(self, name)
-        self.__class__ = plain_class(self)
+        self.__class__ = plain_class(self)  # type: ignore[assignment]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
@@ -180,7 +188,7 @@ class Decomposed:
         return f"{super().extra_repr()}, active_adapter={self.active_adapter!r}{merged}"  # type: ignore[misc]
 
 
-class DecomposedLinear(Decomposed, nn.Linear):
+class DecomposedLinear(Decomposed, nn.Linear):  # type: ignore[misc]
     """``linear`` with ``method`` on it: y as factors.Factors says, same parameters, same names.
 
     linear: a plain nn.Linear, whose Parameter objects are shared, and frozen.  method: an instance

@@ -72,20 +72,18 @@ def adapt(
     )
 
     # From here on nothing can fail: every adapter exists.
-    already = [module for module in model.modules() if isinstance(module, Decomposed)]
     model.requires_grad_(False)
     for name, adapter in made.items():
-        module: Any = targets.modules[name]
-        if not isinstance(module, Decomposed):
-            put_on(module, targets.classes[name])
-        module.attach(adapter_name, adapter)
-    for module in already:  # requires_grad_(False) above froze what they train
-        module.set_adapter(module.active_adapter)  # type: ignore[arg-type]
+        layer: Any = targets.modules[name]
+        if not isinstance(layer, Decomposed):
+            put_on(layer, targets.classes[name])
+        layer.attach(adapter_name, adapter)
     for name in saved_names:
-        module = model.get_submodule(name)
-        if not isinstance(module, TrainedCopy):
-            module = replace_module(model, name, TrainedCopy(module))
-        module.add(adapter_name)
+        saved: Any = model.get_submodule(name)
+        if not isinstance(saved, TrainedCopy):
+            saved = replace_module(model, name, TrainedCopy(saved))
+        saved.add(adapter_name)
+    set_adapter(model, adapter_name)
     _train_biases(model, bias)
     setattr(model, SKIPPED, {**getattr(model, SKIPPED, {}), **targets.skipped})
     if targets.skipped:
@@ -100,12 +98,21 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     keep_base keeps the base weights on the host, so that ``unmerge`` restores them bit for bit.
     A method whose branch is no linear map refuses, and then nothing is changed.
     """
-    layers = _layers(model)
+    layers = {n: layer for n, layer in _layers(model).items() if layer.merged_adapter is None}
     for name, layer in layers.items():
-        if layer.merged_adapter is None:
-            layer.merged_values(name)  # raises where a layer cannot be merged
-    for layer in layers.values():
-        layer.merge(keep_base)
+        layer.check_mergeable(name)
+    done: list[Any] = []
+    try:
+        for name, layer in layers.items():
+            layer.merge(path=name)
+            done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+    if not keep_base:
+        for layer in layers.values():
+            layer.kept_base = None
     return model
 
 
@@ -184,11 +191,11 @@ def initialize(model: nn.Module) -> nn.Module:
     waiting: dict[int, Adapter] = {}
     for name, layer in _layers(model).items():
         for adapter_name, adapter in layer.adapters.items():
-            if adapter.initialized:  # type: ignore[union-attr]
+            if adapter.initialized:
                 continue
             if layer.weight.device.type == "meta":
                 raise RuntimeError(f"{name} is on the meta device still; load its weight first")
-            waiting[id(adapter)] = adapter  # type: ignore[assignment]
+            waiting[id(adapter)] = adapter
     groups: dict[str, list[tuple[str, Decomposed]]] = {}
     for name, layer in _layers(model).items():
         for adapter_name, adapter in layer.adapters.items():

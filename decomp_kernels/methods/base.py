@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from types import NoneType
-from typing import Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,12 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         return repr(self.method)
 
+    if TYPE_CHECKING:  # which tensors there are is the method's business
+
+        def __getattr__(self, name: str) -> Any: ...
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -152,7 +158,8 @@ class Method:
     @classmethod
     def small(cls) -> "Method":
         """An instance that fits a layer of a few dozen features; tests and examples use it."""
-        return cls(**({"r": 4} if "r" in {field.name for field in fields(cls)} else {}))
+        options: dict[str, Any] = {"r": 4} if "r" in {f.name for f in fields(cls)} else {}
+        return cls(**options)
 
     @property
     def why_not_mergeable(self) -> str | None:
@@ -172,14 +179,14 @@ class Method:
         """Make the parameters and buffers of one layer, all from its loaded weight."""
         raise NotImplementedError
 
-    def refresh(self, adapter: Any, base: Base) -> None:
+    def refresh(self, adapter: Adapter, base: Base) -> None:
         """Make anew what was derived from the base weight, which was loaded or converted."""
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         """The factors of this forward.  Methods that override forward and merged need none."""
         raise NotImplementedError
 
-    def forward(self, adapter: Any, base: Base, x: Tensor, training: bool) -> Tensor:
+    def forward(self, adapter: Adapter, base: Base, x: Tensor, training: bool) -> Tensor:
         """y [..., N] of x [..., K]."""
         dropout = getattr(self, "dropout", 0.0) if training else 0.0
         return self.apply(self.lower(adapter, base), base, x, dropout)
@@ -204,7 +211,7 @@ class Method:
             impl=self.impl,
         )
 
-    def merged(self, adapter: Any, base: Base) -> tuple[Tensor, Tensor | None]:
+    def merged(self, adapter: Adapter, base: Base) -> tuple[Tensor, Tensor | None]:
         """(weight [N, K], bias [N] or None) of the nn.Linear that computes the same function.
 
         float32 arithmetic (float64 for float64), one rounding to the base's dtype.
@@ -251,7 +258,7 @@ def method(name: str) -> Callable[[Made], Made]:
     def register(cls: Made) -> Made:
         if name in METHODS:
             raise TypeError(f"two methods are named {name!r}")
-        made = dataclass(frozen=True, kw_only=True)(cls)
+        made: Any = dataclass(frozen=True, kw_only=True)(cls)
         made.name = name
         generated = made.__init__
 
@@ -270,7 +277,7 @@ def method(name: str) -> Callable[[Made], Made]:
                 )
             generated(self, **options)
 
-        made.__init__ = __init__  # type: ignore[misc]
+        made.__init__ = __init__
         METHODS[name] = made
         return made
 

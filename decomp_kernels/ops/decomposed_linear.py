@@ -6,6 +6,7 @@ Formula and gradients: reference/decomposed_linear.py.  Tensors may have any lea
 import math
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ class _DecomposedLinear(torch.autograd.Function):
     def forward(
         ctx, options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed, *mapped
     ):
-        need = Gradients(*ctx.needs_input_grad[1:10])
+        need: Any = Gradients(*ctx.needs_input_grad[1:10])
         need_map = any(ctx.needs_input_grad[11:])
         compute = options.compute
         curved = options.activation != "identity" and (need.x or need.in_scale or need.down)
@@ -179,7 +180,7 @@ class _DecomposedLinear(torch.autograd.Function):
         options: _Options = ctx.options
         x, weight, bias, down, up, core, in_scale, out_scale, seed, t, z, y = ctx.saved_tensors[:12]
         mapped = ctx.saved_tensors[12:]
-        need = Gradients(*ctx.needs_input_grad[1:10])
+        need: Any = Gradients(*ctx.needs_input_grad[1:10])
         need_map = any(ctx.needs_input_grad[11:])
         compute = options.compute
         cast_x, cast_weight = _to(x, compute), _to(weight, compute)
@@ -187,10 +188,10 @@ class _DecomposedLinear(torch.autograd.Function):
             z = scale_columns(y.reshape(-1, y.shape[-1]), out_scale.reciprocal())
         map_op = _map_op(options) if need_map else None
         needs_dX = map_op is not None and map_op.FROM_INPUT_GRADIENT
-        asked = need._replace(
-            x=bool(need.x or needs_dX), addend=bool(need.addend and out_scale is not None)
-        )
-        grads = Gradients(
+        asked = [bool(wanted) for wanted in need]
+        asked[0] = bool(need.x or needs_dX)
+        asked[-1] = bool(need.addend and out_scale is not None)
+        grads: Any = Gradients(
             *bwd(
                 dy,
                 cast_x,

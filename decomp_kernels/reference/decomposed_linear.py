@@ -16,7 +16,7 @@ Computed in float32, or float64 where x is float64, and rounded once: this is th
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ def backward(
     x may be None unless weight, down or in_scale needs its gradient; t unless up or core does or
     phi is not the identity; z unless out_scale does.
     """
-    need = Gradients(*needs)  # type: ignore[arg-type]
+    need: Any = Gradients(*needs)
     wide = torch.promote_types(dy.dtype, torch.float32)
     dy = dy.to(wide)
     g = dy if out_scale is None else dy * out_scale.to(wide)

@@ -5,6 +5,8 @@ Low-rank first, then the base GEMM with beta = 1 in place.  What is rank-r is do
 as a whole.  No N x K tensor is made, and the gradient of a column scale is a sum, not a GEMM.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -76,7 +78,7 @@ def backward(
     activation: str,
     needs: Gradients | tuple[bool, ...],
 ) -> Gradients:
-    need = Gradients(*needs)  # type: ignore[arg-type]
+    need: Any = Gradients(*needs)
     dy = _contiguous(dy)
     x = None if x is None else _contiguous(x)
     need_dX = bool(need.x or need.in_scale)
@@ -186,8 +188,8 @@ def _to_input(
         for rows in gemm.row_blocks(M, K, mask.BLOCK_ELEMENTS):
             kept = mask.keep(seed, rows, K, dropout)
             if d_down is not None and x is not None:
-                _, part = _over_rows(mask.apply(x[rows], kept), None, dt[rows])
-                d_down.add_(part)  # type: ignore[arg-type]
+                part: Any = _over_rows(mask.apply(x[rows], kept), None, dt[rows])[1]
+                d_down.add_(part)
             if d_X is not None:
                 mask.apply(gemm.expand(dt[rows], down, None, dtype), kept, out=d_X[rows])
     if d_down is not None:
