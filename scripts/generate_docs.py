@@ -12,6 +12,7 @@ from xml.sax.saxutils import escape
 
 import decomp_kernels as dk
 from decomp_kernels import factors
+from decomp_kernels.cli import methods
 from layers import LAYERS
 
 ROOT = Path(__file__).parent.parent
@@ -26,15 +27,11 @@ METHODS_HEAD = (
     "Options with their defaults; PEFT's spellings (`lora_alpha`, ...) are accepted too. "
     "Formulas and counts in one table: [methods.md](methods.md)."
 )
-METHODS_COLUMNS = (
-    "method", "class", "W'", "trainable parameters of a layer", "mergeable",
-    "same function in PEFT", "paper",
-)  # fmt: skip
 
 
 def api() -> str:
     """Every public name with its signature and its docstring."""
-    methods = set(dk.methods().values())
+    method_classes = set(dk.methods().values())
     public = {
         name: value
         for name, value in vars(dk).items()
@@ -46,28 +43,25 @@ def api() -> str:
         f"# API\n\n{MADE_BY}\n\n{API_HEAD}\n\n## Functions\n",
         *(_entry(name, functions[name]) for name in sorted(functions)),
         "## Classes\n",
-        *(_entry(name, value) for name, value in sorted(classes.items()) if value not in methods),
+        *(
+            _entry(name, value)
+            for name, value in sorted(classes.items())
+            if value not in method_classes
+        ),
         f"## Weight maps\n\n{MAPS_HEAD}\n",
         *(_entry(cls.__name__, cls) for cls in factors.WeightMap.__subclasses__()),
         f"## Methods\n\n{METHODS_HEAD}\n",
-        *(_entry(cls.__name__, cls) for cls in sorted(methods, key=lambda cls: cls.__name__)),
+        *(
+            _entry(cls.__name__, cls)
+            for cls in sorted(method_classes, key=lambda cls: cls.__name__)
+        ),
     ]
     return "\n".join(parts)
 
 
 def methods_table() -> str:
-    """The registry as a table, and each method's file in its own words."""
-    rows = ["| " + " | ".join(METHODS_COLUMNS) + " |", "|---" * len(METHODS_COLUMNS) + "|"]
-    for name, cls in dk.methods().items():
-        why_not = cls().why_not_mergeable
-        mergeable = "yes" if why_not is None else f"no: {why_not}"
-        link = cls.citation.replace("arXiv:", "")
-        paper = f"[{cls.citation}](https://arxiv.org/abs/{link})" if link[:1].isdigit() else link
-        cells = [f"`{name}`", f"[`{cls.__name__}`](api.md#{cls.__name__.lower()})",
-                 f"`{cls.formula}`", f"`{cls.trains}`", mergeable, cls.peft, paper]  # fmt: skip
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    sizes = "W [N, K] as in `nn.Linear` (N outputs, K inputs), r the rank."
-    return f"# Methods\n\n{MADE_BY}\n\n{sizes}\n\n" + "\n".join(rows) + "\n"
+    """The registry as a table, as `decomp-kernels methods --markdown` prints it."""
+    return methods.markdown().replace("\n", f"\n\n{MADE_BY}\n", 1)
 
 
 def _entry(name: str, value: object) -> str:
@@ -103,6 +97,7 @@ def _signature(name: str, value: object) -> str:
                 shown.append("*")
             if parameter.name != "self":
                 shown.append(str(parameter.replace(annotation=parameter.empty)))
+    shown = [entry.replace("'", '"') for entry in shown]
     line = f"{name}({', '.join(shown)})"
     if len(line) <= 100:
         return line
