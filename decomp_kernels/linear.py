@@ -1,7 +1,7 @@
 """DecomposedLinear: an nn.Linear with named adapters, one of them active.
 
-    state dict    weight, bias                    the base layer's own Parameter objects
-                  adapters.<name>.<tensor>        down, up, core, in_scale, out_scale, magnitude, ...
+    state dict    weight, bias                the base layer's own Parameter objects
+                  adapters.<name>.<tensor>    down, up, core, in_scale, out_scale, magnitude, ...
 
 The class is put on an existing module by changing ``module.__class__``: its name in the model, its
 hooks, its training mode and every reference to it stay as they are, and removing is exact.
@@ -226,6 +226,20 @@ def put_on(module: Any, cls: type[Decomposed]) -> None:
     module.adapters = nn.ModuleDict()
     module.active_adapter = module.merged_adapter = module.kept_base = None
     module.disabled = False
+
+
+def stand_in(module: nn.Module, cls: type[Decomposed]) -> Any:
+    """What ``module`` would be as a ``cls``, on the same parameters, without changing it."""
+    made: Any = nn.Module()
+    made._parameters = module._parameters
+    made.training = module.training
+    put_on(made, cls)
+    return made
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """The adapted modules of ``model``, by path."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, Decomposed)}
 
 
 def decomposed_class(module: nn.Module) -> type[Decomposed] | None:

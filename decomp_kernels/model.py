@@ -8,7 +8,6 @@ module a ``TrainedCopy``.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,16 +15,19 @@ from torch import nn
 
 from decomp_kernels.linear import (
     Decomposed,
+    adapted_layers,
     check_adapter_name,
     check_method,
     decomposed_class,
     put_on,
 )
+from decomp_kernels.making import make_adapters, make_shared
 from decomp_kernels.methods.base import Adapter, Method
-from decomp_kernels.saved_modules import TrainedCopy, replace_module
-from decomp_kernels.targets import Targets, find_targets, matches
+from decomp_kernels.saved_modules import TrainedCopy, copy_of, replace_module, trained_copies
+from decomp_kernels.targets import check_names, find_targets, matches
 
-SKIPPED = "decomp_kernels_skipped"
+SKIPPED = "decomp_kernels_skipped"  # attributes that adapt leaves on the model
+TRAINED_BIASES = "decomp_kernels_trained_biases"
 
 
 def adapt(
@@ -54,42 +56,84 @@ def adapt(
     Everything else is frozen.  Modules that match but cannot be adapted are reported in a warning
     and by ``report``.  A second call with another adapter_name adds a second adapter.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_method(method)
     check_adapter_name(adapter_name)
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f'bias must be "none", "all" or "lora_only", got {bias!r}')
+    check_can_add(model, adapter_name, trains_biases=bias != "none")
     saved_names = _modules_to_save(model, modules_to_save)
     targets = find_targets(model, target_modules, exclude_modules, tuple(saved_names))
     for name, module in targets.modules.items():
-        if isinstance(module, Decomposed) and module.merged_adapter is not None:
-            raise RuntimeError(
-                f"{name} has adapter {module.merged_adapter!r} merged; unmerge first"
-            )
         if isinstance(module, Decomposed) and adapter_name in module.adapters:
             raise ValueError(f"{name} already has an adapter {adapter_name!r}; choose another name")
-    made = _make_adapters(
+    made = make_adapters(
         targets, method, rank_pattern or {}, alpha_pattern or {}, autocast_adapter_dtype
     )
-
-    # From here on nothing can fail: every adapter exists.
-    model.requires_grad_(False)
-    for name, adapter in made.items():
-        layer: Any = targets.modules[name]
-        if not isinstance(layer, Decomposed):
-            put_on(layer, targets.classes[name])
-        layer.attach(adapter_name, adapter)
-    for name in saved_names:
-        saved: Any = model.get_submodule(name)
-        if not isinstance(saved, TrainedCopy):
-            saved = replace_module(model, name, TrainedCopy(saved))
-        saved.add(adapter_name)
-    set_adapter(model, adapter_name)
-    _train_biases(model, bias)
-    setattr(model, SKIPPED, {**getattr(model, SKIPPED, {}), **targets.skipped})
+    copies = {name: copy_of(model.get_submodule(name)) for name in saved_names}
     if targets.skipped:
         listed = "; ".join(f"{name}: {reason}" for name, reason in targets.skipped.items())
         warnings.warn(f"not adapted: {listed}", stacklevel=2)
+
+    # From here on nothing can fail: everything is made.
+    biases = _biases(model, bias, set(targets.modules) | set(adapted_layers(model)), saved_names)
+    put_adapters(model, adapter_name, made, copies, biases)
+    setattr(model, SKIPPED, {**getattr(model, SKIPPED, {}), **targets.skipped})
     return model
+
+
+def put_adapters(
+    model: nn.Module,
+    adapter_name: str,
+    made: dict[str, Adapter],
+    copies: dict[str, nn.Module],
+    biases: list[str],
+) -> None:
+    """Attach made adapters and copies of whole modules under one name, and train these alone.
+
+    made, copies: by path in the model.  biases: names of parameters of the base that train too.
+    """
+    modules = dict(model.named_modules())
+    model.requires_grad_(False)
+    for name, adapter in made.items():
+        layer: Any = modules[name]
+        if not isinstance(layer, Decomposed):
+            put_on(layer, decomposed_class(layer))  # type: ignore[arg-type]
+        layer.attach(adapter_name, adapter)
+    for name, trained in copies.items():
+        saved: Any = modules[name]
+        if not isinstance(saved, TrainedCopy):
+            saved = replace_module(model, saved, TrainedCopy(saved))
+        saved.add(adapter_name, trained)
+    set_adapter(model, adapter_name)
+    parameters = dict(model.named_parameters())
+    for name in biases:
+        parameters[name].requires_grad_(True)
+    if biases:
+        setattr(model, TRAINED_BIASES, sorted({*trained_biases(model), *biases}))
+
+
+def check_can_add(model: nn.Module, adapter_name: str, *, trains_biases: bool) -> None:
+    """Raise where the model is in no state to take an adapter of this name."""
+    layers = adapted_layers(model)
+    for name, layer in layers.items():
+        if layer.merged_adapter is not None:
+            raise RuntimeError(
+                f"{name} has adapter {layer.merged_adapter!r} merged; call unmerge(model) first"
+            )
+    others = {other for layer in layers.values() for other in layer.adapters} - {adapter_name}
+    if others and (trains_biases or trained_biases(model)):
+        raise ValueError(
+            "trained biases are the base's own, which two adapters cannot share: the model has "
+            f"{', '.join(sorted(others))}, so {adapter_name!r} cannot be added; use "
+            'bias="none", or BitFit, whose biases are its own'
+        )
+
+
+def trained_biases(model: nn.Module) -> list[str]:
+    """Names of the base's biases that were trained with the adapter."""
+    return getattr(model, TRAINED_BIASES, [])
 
 
 def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
@@ -98,7 +142,9 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     keep_base keeps the base weights on the host, so that ``unmerge`` restores them bit for bit.
     A method whose branch is no linear map refuses, and then nothing is changed.
     """
-    layers = {n: layer for n, layer in _layers(model).items() if layer.merged_adapter is None}
+    layers = {
+        n: layer for n, layer in adapted_layers(model).items() if layer.merged_adapter is None
+    }
     for name, layer in layers.items():
         layer.check_mergeable(name)
     done: list[Any] = []
@@ -118,7 +164,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
 
 def unmerge(model: nn.Module) -> nn.Module:
     """Take merged adapters out again, exactly; refused where merge did not keep the base."""
-    layers = _layers(model)
+    layers = adapted_layers(model)
     for name, layer in layers.items():
         if layer.merged_adapter is not None and layer.kept_base is None:
             raise RuntimeError(
@@ -132,21 +178,21 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def remove(model: nn.Module) -> nn.Module:
     """Make plain modules of the adapted ones: merged values stay, unmerged adapters are dropped."""
-    merged = any(layer.merged_adapter is not None for layer in _layers(model).values())
-    for layer in _layers(model).values():
+    merged = any(layer.merged_adapter is not None for layer in adapted_layers(model).values())
+    for layer in adapted_layers(model).values():
         layer.remove()
-    for name, module in list(model.named_modules()):
-        if isinstance(module, TrainedCopy):
-            replace_module(model, name, module.current() if merged else module.original)
-    if hasattr(model, SKIPPED):
-        delattr(model, SKIPPED)
+    for module in trained_copies(model).values():
+        replace_module(model, module, module.current() if merged else module.original)
+    for left in (SKIPPED, TRAINED_BIASES):
+        if hasattr(model, left):
+            delattr(model, left)
     return model
 
 
 @contextmanager
 def disable(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the ``with`` block the model is its base, e.g. as the reference of DPO."""
-    found: list[Any] = [*_layers(model).values(), *_copies(model).values()]
+    found: list[Any] = [*adapted_layers(model).values(), *trained_copies(model).values()]
     merged = [module for module in found if getattr(module, "merged_adapter", None) is not None]
     if merged:
         raise RuntimeError("adapters are merged into the weights; call unmerge(model) first")
@@ -165,7 +211,7 @@ def set_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
 
     Only the active adapter is trained.
     """
-    layers, copies = _layers(model), _copies(model)
+    layers, copies = adapted_layers(model), trained_copies(model)
     known = {name for layer in layers.values() for name in layer.adapters}
     if adapter_name not in known:
         raise ValueError(
@@ -189,23 +235,23 @@ def set_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
 def initialize(model: nn.Module) -> nn.Module:
     """Fill adapters that were made on the meta device, from the base weights loaded since."""
     waiting: dict[int, Adapter] = {}
-    for name, layer in _layers(model).items():
-        for adapter_name, adapter in layer.adapters.items():
+    for name, layer in adapted_layers(model).items():
+        for adapter in layer.adapters.values():
             if adapter.initialized:
                 continue
             if layer.weight.device.type == "meta":
                 raise RuntimeError(f"{name} is on the meta device still; load its weight first")
             waiting[id(adapter)] = adapter
     groups: dict[str, list[tuple[str, Decomposed]]] = {}
-    for name, layer in _layers(model).items():
+    for name, layer in adapted_layers(model).items():
         for adapter_name, adapter in layer.adapters.items():
             if id(adapter) in waiting:
                 groups.setdefault(adapter_name, []).append((name, layer))
     for adapter_name, members in groups.items():
-        methods = {name: _adapter(layer, adapter_name).method for name, layer in members}
-        shared = _share(methods, dict(members))
+        methods = {name: layer.adapters[adapter_name].method for name, layer in members}
+        shared = make_shared(methods, dict(members))
         for name, layer in members:
-            old = _adapter(layer, adapter_name)
+            old = layer.adapters[adapter_name]
             matrix = next((p for p in old.parameters() if p.dim() == 2), None)
             dtype = None if matrix is None else matrix.dtype
             fresh = layer.make_adapter(old.method, name, dtype, shared.get(repr(old.method)))
@@ -284,104 +330,40 @@ def print_trainable_parameters(model: nn.Module) -> str:
 def report(model: nn.Module) -> str:
     """What was adapted, with which method, and what was not and why; one line a module."""
     lines = []
-    for name, layer in _layers(model).items():
+    for name, layer in adapted_layers(model).items():
         for adapter_name, adapter in layer.adapters.items():
             state = "active" if adapter_name == layer.active_adapter else "inactive"
             state = "merged" if adapter_name == layer.merged_adapter else state
             lines.append(f"{name}: {adapter_name} ({state}) {adapter.method!r}")
-    for name, copy in _copies(model).items():
+    for name, copy in trained_copies(model).items():
         lines.append(f"{name}: trained whole ({', '.join(copy.copies)})")
     for name, reason in getattr(model, SKIPPED, {}).items():
         lines.append(f"{name}: not adapted, {reason}")
     return "\n".join(lines) or "nothing is adapted"
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, Decomposed)}
-
-
-def _copies(model: nn.Module) -> dict[str, TrainedCopy]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, TrainedCopy)}
-
-
-def _adapter(layer: Decomposed, name: str) -> Any:
-    return layer.adapters[name]
-
-
-def _make_adapters(
-    targets: Targets,
-    method: Method,
-    rank_pattern: dict[str, int],
-    alpha_pattern: dict[str, float],
-    autocast_adapter_dtype: bool,
-) -> dict[str, Adapter]:
-    methods = {
-        name: _with_patterns(method, name, rank_pattern, alpha_pattern) for name in targets.modules
-    }
-    probes = {
-        name: _probe(module, targets.classes[name]) for name, module in targets.modules.items()
-    }
-    shared = _share(methods, probes)
-    made = {}
-    for name, probe in probes.items():
-        dtype = None if autocast_adapter_dtype else probe.base_weight().dtype
-        made[name] = probe.make_adapter(methods[name], name, dtype, shared.get(repr(methods[name])))
-        made[name].train(targets.modules[name].training)
-    return made
-
-
-def _probe(module: nn.Module, cls: type[Decomposed]) -> Any:
-    """A stand-in that shares the module's parameters, so that making adapters changes nothing."""
-    if isinstance(module, Decomposed):
-        return module
-    stand_in = nn.Module()
-    stand_in._parameters = module._parameters
-    stand_in.training = module.training
-    put_on_stand_in: Any = stand_in
-    put_on(put_on_stand_in, cls)
-    return put_on_stand_in
-
-
-def _share(methods: dict[str, Method], layers: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What Method.share makes, once for all layers of one method."""
-    members: dict[str, list[Any]] = {}
-    by_repr = {repr(method): method for method in methods.values()}
-    for name, method in methods.items():
-        members.setdefault(repr(method), []).append(layers[name].base_weight())
-    made = {}
-    for key, weights in members.items():
-        dtype = torch.promote_types(weights[0].dtype, torch.float32)
-        shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
-        made[key] = by_repr[key].share(shapes, dtype, weights[0].device)
-    return made
-
-
-def _with_patterns(
-    method: Method, name: str, ranks: dict[str, int], alphas: dict[str, float]
-) -> Method:
-    options = {field.name for field in fields(method)}
-    changed: dict[str, Any] = {}
-    for option, pattern in (("r", ranks), ("alpha", alphas)):
-        for key, value in pattern.items():
-            if matches(name, [key]) or matches(name, key):
-                if option not in options:
-                    raise ValueError(
-                        f"{type(method).__name__} has no {option}: it takes no pattern for it"
-                    )
-                changed[option] = value
-                break
-    return replace(method, **changed) if changed else method
-
-
 def _modules_to_save(model: nn.Module, wanted: list[str] | None) -> list[str]:
+    """The outermost modules that the names match, each in full."""
     if not wanted:
         return []
-    names = [
-        name
-        for name, module in model.named_modules()
-        if name and matches(name, wanted) and ".copies." not in name
-    ]
-    missing = [w for w in wanted if not any(matches(name, [w]) for name in names)]
+    if isinstance(wanted, str):
+        raise TypeError(f"modules_to_save must be a list of module names, got {wanted!r}")
+    check_names("modules_to_save", wanted)
+    names: list[str] = []
+    inside = [f"{name}." for name in trained_copies(model)]
+    for name, module in model.named_modules():
+        hidden = name.startswith((*inside, *(f"{other}." for other in names)))
+        if not name or hidden or not matches(name, wanted):
+            continue
+        if any(isinstance(part, Decomposed) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save names {name}, which is adapted or holds adapted layers; "
+                "choose modules without, or call remove(model) first"
+            )
+        names.append(name)
+    within = tuple(f"{name}." for name in names)
+    found = [*names, *(name for name, _ in model.named_modules() if name.startswith(within))]
+    missing = [one for one in wanted if not any(matches(name, [one]) for name in found)]
     if missing:
         raise ValueError(
             f"modules_to_save names {missing[0]!r}, which no module of the model has; "
@@ -390,12 +372,15 @@ def _modules_to_save(model: nn.Module, wanted: list[str] | None) -> list[str]:
     return names
 
 
-def _train_biases(model: nn.Module, bias: str) -> None:
-    if bias == "all":
-        for name, tensor in model.named_parameters():
-            if name.rpartition(".")[2] == "bias" and ".adapters." not in name:
-                tensor.requires_grad_(True)
-    elif bias == "lora_only":
-        for layer in _layers(model).values():
-            if layer.bias is not None:
-                layer.bias.requires_grad_(True)
+def _biases(model: nn.Module, bias: str, layers: set[str], saved: list[str]) -> list[str]:
+    """Names of the base's biases that train: not those of modules that are trained as copies."""
+    if bias == "none":
+        return []
+    apart = tuple(f"{name}." for name in (*saved, *trained_copies(model)))
+    found = []
+    for name, _ in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        asked = last == "bias" and (bias == "all" or owner in layers)
+        if asked and ".adapters." not in f".{name}" and not name.startswith(apart):
+            found.append(name)
+    return found

@@ -1,4 +1,4 @@
-"""A module trained whole beside the adapters: the original stays, copies train (modules_to_save)."""
+"""modules_to_save: modules trained whole beside the adapters; the originals stay, copies train."""
 
 import copy
 from typing import Any
@@ -20,9 +20,9 @@ class TrainedCopy(nn.Module):
         self.active_adapter: str | None = None
         self.disabled = False
 
-    def add(self, name: str) -> None:
-        """A new copy for ``name``, in use and trained."""
-        self.copies[name] = copy.deepcopy(self.original)
+    def add(self, name: str, made: nn.Module) -> None:
+        """Take the copy ``made`` for ``name``, in use and trained."""
+        self.copies[name] = made
         self.set_adapter(name)
 
     def set_adapter(self, name: str | None) -> None:
@@ -48,8 +48,20 @@ class TrainedCopy(nn.Module):
             return getattr(self.current(), name)
 
 
-def replace_module(model: nn.Module, name: str, new: Any) -> Any:
-    """Put ``new`` where ``model`` has the module ``name``."""
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, new)
+def trained_copies(model: nn.Module) -> dict[str, TrainedCopy]:
+    """The modules of ``model`` that are trained whole, by path."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, TrainedCopy)}
+
+
+def copy_of(module: nn.Module) -> nn.Module:
+    """A copy to train of a module, or of the original under a TrainedCopy."""
+    return copy.deepcopy(module.original if isinstance(module, TrainedCopy) else module)
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: Any) -> Any:
+    """Put ``new`` wherever ``model`` has the module ``old``, under every name of it."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
     return new

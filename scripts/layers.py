@@ -19,6 +19,7 @@ LAYERS = [
     {
         "targets": "which modules a method goes on",
         "saved_modules": "modules trained whole",
+        "making": "the adapters of a whole model, beside it",
     },
     {
         "model": "adapt, merge, remove, ...",
@@ -33,7 +34,12 @@ LAYERS = [
 ]
 
 # conv1d is a part of linear, in a file of its own because it needs transformers.
-PEERS = {("linear", "conv1d"), ("conv1d", "linear"), ("targets", "saved_modules")}
+PEERS = {
+    ("linear", "conv1d"),
+    ("conv1d", "linear"),
+    ("targets", "saved_modules"),
+    ("making", "targets"),
+}
 
 # The library calls that every implementation is made of; other kernel files stay apart.
 SHARED_KERNELS = {"gemm", "columns", "mask"}
