@@ -1,0 +1,135 @@
+"""time and peak memory of one forward + backward: frozen model, our methods, and their peers.
+
+Every contender is a copy of the model on the same base weights, takes the same batch, and carries
+the gradient down to the embeddings, so that the frozen model has a backward to compare with.  A
+second frozen model is the control: what its ratio is away from 1 is noise.  The optimizer is not
+in it.
+"""
+
+import copy
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from decomp_kernels.bench import engine, memory, peers
+from decomp_kernels.cli.errors import need
+from decomp_kernels.cli.models import set_dropout
+from decomp_kernels.cli.tasks import Task
+from decomp_kernels.linear import Decomposed
+from decomp_kernels.methods.base import Method
+
+
+@dataclass
+class Compared:
+    """One contender.  seconds and ratios are (median, first quartile, third quartile)."""
+
+    label: str  # of the method; "frozen" and "control" have no method
+    kind: str  # "frozen", "ours", "PEFT" or "authors' formula"
+    trainable: int
+    seconds: engine.Spread
+    over_frozen: engine.Spread
+    over_ours: engine.Spread | None  # a peer's time over ours
+    peak_bytes: int
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy that shares the parameters.  Frozen ones are never written to, merging included."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def method_of(model: nn.Module) -> Method:
+    """The method that an adapted model was adapted with."""
+    layer: Any = next(m for m in model.modules() if isinstance(m, Decomposed))
+    return layer.adapters[layer.active_adapter].method
+
+
+def peer_of(model: nn.Module, method: Method, adapted: list[str]) -> tuple[nn.Module, str] | None:
+    """(the same method by others on the same modules, whose it is), None where nobody has it."""
+    if method.name in peers.FORMULAS:
+        formula: Any = peers.FORMULAS[method.name]
+        made = twin(model)
+        for name in adapted:
+            parent, _, last = name.rpartition(".")
+            setattr(made.get_submodule(parent), last, formula(made.get_submodule(name), method))
+        return made, "authors' formula"
+    if method.name not in peers.CONFIGS or find_spec("peft") is None:
+        return None
+    config = peers.CONFIGS[method.name](method)
+    config.target_modules = set(adapted)
+    if getattr(config, "feedforward_modules", None):
+        config.feedforward_modules = set(adapted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return need("peft", "bench").get_peft_model(twin(model), config), "PEFT"
+
+
+def compare(
+    base: nn.Module,
+    adapted: dict[str, nn.Module],
+    task: Task,
+    rows: list[int],
+    *,
+    rounds: int,
+    seed: int,
+    base_dropout: bool,
+    device: torch.device,
+) -> list[Compared]:
+    """Interleaved rounds over the frozen model, ``adapted`` by label, and a peer of each."""
+    models: dict[str, tuple[str, str, nn.Module]] = {
+        engine.FROZEN: (engine.FROZEN, "frozen", twin(base)),
+        engine.CONTROL: (engine.CONTROL, "frozen", twin(base)),
+    }
+    for label, model in adapted.items():
+        models[label] = (label, "ours", model)
+        names = [name for name, m in model.named_modules() if isinstance(m, Decomposed)]
+        found = peer_of(base, method_of(model), names)
+        if found is not None:
+            models[f"{label}, {found[1]}"] = (label, found[1], found[0])
+    tqdm = need("tqdm", "train").tqdm
+    with tqdm(total=(rounds + 1) * len(models), desc="timing", unit="step") as bar:
+        contenders = [
+            _contender(name, model, task, rows, base_dropout, bar)
+            for name, (_, _, model) in models.items()
+        ]
+        samples = engine.measure(
+            contenders, rounds, warmup=1, seed=seed, clock=engine.device_clock(device), split=False
+        )
+    results = []
+    for contender in contenders:
+        name = contender.name
+        label, kind, model = models[name]
+        time = samples.time(name)
+        ours = samples.ratio(name, against=label) if kind not in ("ours", "frozen") else None
+        results.append(
+            Compared(
+                label, kind, sum(p.numel() for p in model.parameters() if p.requires_grad),
+                engine.Spread(*(ns / 1e9 for ns in time)), samples.ratio(name), ours,
+                memory.peak_bytes(contender, device),
+            )
+        )  # fmt: skip
+    return results
+
+
+def _contender(
+    name: str, model: nn.Module, task: Task, rows: list[int], base_dropout: bool, bar: Any
+) -> engine.Contender:
+    set_dropout(model, base_dropout)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings.register_forward_hook(lambda module, given, output: output.requires_grad_())
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def reset() -> None:
+        bar.update()
+        for parameter in trained:
+            parameter.grad = None
+
+    return engine.Contender(
+        name,
+        forward=lambda: task.loss(model, rows),
+        backward=lambda loss: loss.backward(),
+        reset=reset,
+    )

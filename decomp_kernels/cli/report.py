@@ -1,0 +1,180 @@
+"""What a job found: one table, its Markdown, metrics.json and the picture."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decomp_kernels.bench import engine, record
+from decomp_kernels.cli.checkpoint import write_bytes, write_json
+from decomp_kernels.cli.checks import Agreement
+from decomp_kernels.cli.compare import Compared
+from decomp_kernels.cli.datasets import Data
+from decomp_kernels.cli.loop import History
+from decomp_kernels.cli.options import TrainOptions
+from decomp_kernels.cli.picture import draw
+from decomp_kernels.cli.tasks import Scores, Task
+from decomp_kernels.cli.text import aligned
+
+FORMAT = "decomp_kernels.train/1"
+MIB = 2**20
+
+
+@dataclass
+class Trained:
+    """One method's results.  gains: (gain, low, high) of each metric, positive where better."""
+
+    label: str
+    method: dict[str, Any]
+    lr: float
+    trainable: int
+    history: History
+    after: dict[str, float]
+    gains: dict[str, tuple[float, float, float]]
+    agreement: Agreement
+
+
+def write_all(
+    output: Path,
+    options: TrainOptions,
+    model: str,
+    data: Data,
+    task: Task,
+    before: dict[str, Scores],
+    trained: list[Trained],
+    compared: list[Compared],
+    device: torch.device,
+) -> None:
+    """Print the table and write results.md, metrics.json and losses.png."""
+    frozen = {name: scores.metric for name, scores in before.items()}
+    rows = table(task, frozen, trained, compared)
+    notes = footnotes(options, trained, compared)
+    machine, versions = record.machine(), record.versions()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else machine["cpu"]
+    headline = (
+        f"{model} on {data.name}; {where}, {machine['threads']} threads, torch {versions['torch']}"
+    )
+    print(f"\n{headline}\n\n{aligned(rows, numbers=True)}\n")
+    for note in notes:
+        print(note)
+    text = "\n".join([headline, "", *markdown(rows), "", *(f"{note}  " for note in notes), ""])
+    write_bytes(output / "results.md", text.encode())
+    content = record.document("train", options.as_json(), [])
+    del content["rows"], content["protocol"]
+    content |= {
+        "format": FORMAT,
+        "options": options.as_json(),
+        "model": model,
+        "data": {
+            "name": data.name, "train": len(data.train), "held_out": len(data.held_out),
+            "sha256": data.sha256,
+        },
+        "frozen": frozen,
+        "methods": [asdict(result) for result in trained],
+        "compared": [asdict(result) for result in compared],
+    }  # fmt: skip
+    write_json(output / "metrics.json", content)
+    picture = output / "losses.png"
+    write_bytes(picture, draw(headline, task, frozen, trained))
+    print(f"\nwritten: {output}/metrics.json, results.md, losses.png, adapters/")
+
+
+def table(
+    task: Task, frozen: dict[str, float], trained: list[Trained], compared: list[Compared]
+) -> list[list[str]]:
+    """Header and rows of text: the frozen model, and each method followed by its peer."""
+    header = ["", "trainable"]
+    for name in frozen:
+        header.append(f"{name}: before → after [gain, 95 %]")
+    if not task.higher_is_better:
+        header.append("perplexity")
+    header += ["step, s", "× frozen", "× ours", "peak MiB"] if compared else []
+    empty = [""] * (len(header) - 2 - (4 if compared else 0))
+    costs = {(row.label, row.kind): row for row in compared}
+
+    def cost(label: str, kind: str) -> list[str]:
+        return _cost(costs[label, kind]) if compared else []
+
+    before = [f"{value:.3f}" for value in frozen.values()]
+    if not task.higher_is_better:
+        before.append(f"{math.exp(frozen['loss']):.2f}")
+    rows = [header, ["frozen model", "0", *before, *cost(engine.FROZEN, "frozen")]]
+    if compared:
+        rows.append(["the same again (control)", "0", *empty, *cost(engine.CONTROL, "frozen")])
+    for result in trained:
+        cells = [
+            _gain(frozen[name], result.after[name], gain) for name, gain in result.gains.items()
+        ]
+        if not task.higher_is_better:
+            cells.append(f"{math.exp(frozen['loss']):.2f} → {math.exp(result.after['loss']):.2f}")
+        rows.append([result.label, f"{result.trainable:,}", *cells, *cost(result.label, "ours")])
+        for row in compared:
+            if row.label == result.label and row.kind != "ours":
+                rows.append([f"  {row.kind}", f"{row.trainable:,}", *empty, *_cost(row)])
+    return rows
+
+
+def footnotes(options: TrainOptions, trained: list[Trained], compared: list[Compared]) -> list[str]:
+    """How the numbers were taken, and what they say."""
+    resampling = "paired bootstrap over the held-out rows, 10,000 resamples"
+    notes = [f"Interval: {resampling}, 2.5 to 97.5 percentile of the gain."]
+    unproven = [
+        f"{result.label} ({name})"
+        for result in trained
+        for name, (_, low, _) in result.gains.items()
+        if low <= 0
+    ]
+    if unproven:
+        notes.append(f"No gain is shown where the interval reaches 0: {', '.join(unproven)}.")
+    else:
+        notes.append("Every gain over the frozen model is above 0, its whole interval too.")
+    if compared:
+        notes.append(
+            f"Time: forward + backward of one training batch, median of {options.rounds} "
+            "interleaved rounds in random order; × is the median ratio within a round, with its "
+            "quartiles."
+        )
+        notes.append(
+            "Peak: bytes allocated during one step, without weights (the profiler's allocator "
+            "events on a CPU, the caching allocator's peak on a GPU)."
+        )
+        alone = {row.label for row in compared if row.kind == "ours"}
+        alone -= {row.label for row in compared if row.kind not in ("ours", "frozen")}
+        if alone:
+            names = ", ".join(sorted(alone))
+            notes.append(f"No peer (nobody has the method, or PEFT is not installed): {names}.")
+    seconds = [f"{r.label} {statistics.median(r.history.seconds):.2f} s" for r in trained]
+    notes.append(f"Whole training steps, optimizer included, median: {', '.join(seconds)}.")
+    return notes
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
+    return lines
+
+
+def _gain(before: float, after: float, gain: tuple[float, float, float]) -> str:
+    return f"{before:.3f} → {after:.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"
+
+
+def _cost(row: Compared) -> list[str]:
+    ratio = ""
+    if row.label != engine.FROZEN:
+        ratio = _spread(row.over_frozen)
+    ours = "" if row.over_ours is None else _spread(row.over_ours)
+    peak = row.peak_bytes / MIB
+    return [
+        f"{row.seconds.median:.3f}",
+        ratio,
+        ours,
+        f"{peak:.0f}" if peak >= 10 else f"{peak:.2f}",
+    ]
+
+
+def _spread(ratio: engine.Spread) -> str:
+    return f"{ratio.median:.2f} [{ratio.q1:.2f}, {ratio.q3:.2f}]"
