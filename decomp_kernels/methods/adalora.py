@@ -51,6 +51,10 @@ class AdaLoRA(LowRank):
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
 
+    @classmethod
+    def small(cls) -> "AdaLoRA":
+        return cls(r=4, target_r=2)
+
     @property
     def scale(self) -> float:
         return self.alpha / (self.r + 1e-5)
@@ -59,8 +63,6 @@ class AdaLoRA(LowRank):
         super().check_options()
         if self.use_rslora:
             raise ValueError("use_rslora must be False: AdaLoRA's scale is alpha / (r + 1e-5)")
-        if self.target_r > self.r:
-            raise ValueError(f"target_r must be at most r = {self.r}, got {self.target_r}")
         for option, lowest in (("tinit", 0), ("tfinal", 0), ("deltaT", 1), ("orth_reg_weight", 0)):
             if getattr(self, option) < lowest:
                 raise ValueError(f"{option} must be at least {lowest}, got {getattr(self, option)}")
@@ -73,7 +75,7 @@ class AdaLoRA(LowRank):
         adapter.up = base.normal(base.out_features, self.r, std=0.02)
         adapter.core = base.scales(self.r, fill=0.0)
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
             down=adapter.down,
             up=adapter.up,
@@ -96,6 +98,11 @@ class RankAllocator:
     def __init__(self, method: AdaLoRA, total_step: int) -> None:
         if not isinstance(method, AdaLoRA):
             raise TypeError(f"method must be an AdaLoRA instance, got {method!r}")
+        if method.target_r >= method.r:
+            raise ValueError(
+                f"target_r must be below r = {method.r}, or no rank can shrink, got "
+                f"{method.target_r}"
+            )
         if total_step <= method.tinit + method.tfinal:
             raise ValueError(
                 f"total_step must be above tinit + tfinal = {method.tinit + method.tfinal}, or no "

@@ -7,8 +7,6 @@ Lowered to up = B G: r x r work only.  With an activation the branch is phi(x A^
 (Not the method of arXiv:2402.03293, which has nearly the same name.)
 """
 
-from typing import Any
-
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, LowRank, method
 
@@ -24,7 +22,7 @@ class FLoRA(LowRank):
         adapter.up = base.normal(base.out_features, self.r, std=0.02)
         adapter.core_matrix = base.matrix(self.r, self.r)
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
             down=adapter.down,
             up=adapter.up @ adapter.core_matrix,

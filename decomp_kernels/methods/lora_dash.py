@@ -56,7 +56,7 @@ class LoRADash(LowRank):
         unselected = torch.zeros((), dtype=torch.bool, device=base.weight.device)
         adapter.register_buffer("selected", unselected)
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
             down=torch.cat((adapter.down, adapter.direction_down)),
             up=torch.cat((adapter.up, adapter.direction_up), 1),
@@ -65,7 +65,7 @@ class LoRADash(LowRank):
         )
 
     @torch.no_grad()
-    def select_directions(self, adapter: Any, base: Base) -> None:
+    def select_directions(self, adapter: Adapter, base: Base) -> None:
         """Choose U and V from W and the warmed-up A and B, once.  Costs one SVD of W."""
         self._check_ready(adapter, base)
         U, S, Vt = base.svd()
@@ -77,7 +77,7 @@ class LoRADash(LowRank):
         adapter.direction_down.copy_(Vt[chosen])
         adapter.selected.fill_(True)
 
-    def _check_ready(self, adapter: Any, base: Base) -> None:
+    def _check_ready(self, adapter: Adapter, base: Base) -> None:
         layer = base.name or "this layer"
         if adapter.selected:
             raise ValueError(

@@ -6,8 +6,6 @@
 The algebra is FLoRA's; what differs is which factor starts at zero.
 """
 
-from typing import Any
-
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, LowRank, method
 
@@ -23,7 +21,7 @@ class MoSLoRA(LowRank):
         adapter.up = base.matrix(base.out_features, self.r)
         adapter.core_matrix = base.kaiming(self.r, self.r)
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
             down=adapter.down,
             up=adapter.up @ adapter.core_matrix,

@@ -7,8 +7,6 @@ With phi = relu it is LoRA under the matrix pattern constraint MPC_n of arXiv:24
 is on the branch's input, as everywhere here.
 """
 
-from typing import Any
-
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 
@@ -34,7 +32,7 @@ class ParallelAdapter(Method):
         adapter.down = base.kaiming(self.r, base.in_features)
         adapter.up = base.matrix(base.out_features, self.r)
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
             down=adapter.down, up=adapter.up, scale=self.scale, activation=self.activation
         )

@@ -11,8 +11,6 @@ cancel whatever the dtype, and dropout and activation act on both, so the start 
 these too (published: on B A alone).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +44,7 @@ class SingularStart(LowRank):
         adapter.register_buffer("down0", down0)
         adapter.register_buffer("up0", up0)
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
             down=torch.cat((adapter.down, adapter.down0)),
             up=torch.cat((adapter.up, -adapter.up0), 1),

@@ -9,12 +9,10 @@ Pfeiffer et al. (arXiv:2005.00247), which sits behind the layer norm in their mo
 
 Backward, with u = s dy B and dt = u * phi'(t):
 
-    dz = dy + dt A        dA = dt^T z        dB = s dy^T phi(t)        da = sum_m dt    dc = sum_m dy
+    dz = dy + dt A    dA = dt^T z    dB = s dy^T phi(t)    da = sum_m dt    dc = sum_m dy
 
 z and t are kept, and z is copied once, into y: the product with B accumulates onto the copy.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +47,7 @@ class SeriesAdapter(Method):
         adapter.down_bias = base.scales(self.r, fill=0.0)
         adapter.up_bias = base.scales(base.out_features, fill=0.0)
 
-    def forward(self, adapter: Any, base: Base, x: Tensor, training: bool) -> Tensor:
+    def forward(self, adapter: Adapter, base: Base, x: Tensor, training: bool) -> Tensor:
         z = self.apply(Factors(), base, x)
         down, up = adapter.down, adapter.up
         if torch.is_autocast_enabled(z.device.type) and z.dtype != torch.float64:

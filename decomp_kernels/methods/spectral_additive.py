@@ -1,13 +1,12 @@
 """Spectral Adapter, additive (Zhang and Pilanci 2024, arXiv:2405.13952): tune singular vectors.
 
     W' = U_rest S_rest V_rest^T + (U_r + P) S_r (V_r + Q)^T   is computed as
-    W' = W + s [P, U_r] diag(S_r, S_r) [(V_r + Q)^T; Q^T]        P [N, r] = up, Q^T [r, K] = down
+    W' = W + s [P, U_r] diag(S_r, S_r) [(V_r + Q)^T; Q^T]
 
-U_r, S_r, V_r^T: the top singular triplets, frozen buffers.  P and Q are zeros, so the start is
-exact; W is not split, so nothing is rounded anew.  s = 1 as published.
+P = up_offset [N, r] and Q^T = down_offset [r, K] start at zero, so the start is exact.  U_r, S_r,
+V_r^T are the top singular triplets, frozen buffers.  W is not split, so nothing is rounded anew.
+s = 1 as published.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +30,16 @@ class SpectralAdditive(Method):
 
     def create(self, adapter: Adapter, base: Base) -> None:
         U, S, Vt = base.svd()
-        adapter.down = base.matrix(self.r, base.in_features)
-        adapter.up = base.matrix(base.out_features, self.r)
+        adapter.down_offset = base.matrix(self.r, base.in_features)
+        adapter.up_offset = base.matrix(base.out_features, self.r)
         adapter.register_buffer("singular_up", compact(U[:, : self.r], base.dtype))
         adapter.register_buffer("singular_down", compact(Vt[: self.r], base.dtype))
         adapter.register_buffer("singular_values", compact(S[: self.r], S.dtype))
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
-            down=torch.cat((adapter.singular_down + adapter.down, adapter.down)),
-            up=torch.cat((adapter.up, adapter.singular_up), 1),
+            down=torch.cat((adapter.singular_down + adapter.down_offset, adapter.down_offset)),
+            up=torch.cat((adapter.up_offset, adapter.singular_up), 1),
             core=adapter.singular_values.repeat(2),
             scale=self.scale,
         )

@@ -11,8 +11,6 @@ which is exactly 0 at the start and keeps its digits for small rotations, where 
 two matrices near diag(S) would lose them.  Nothing large is trained: x is not kept for backward.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -43,7 +41,7 @@ class SpectralRotational(Method):
         adapter.register_buffer("singular_down", compact(Vt[: self.r], base.dtype))
         adapter.register_buffer("singular_values", compact(S[: self.r], S.dtype))
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         G = core_matrix(
             adapter.rotation_up, adapter.rotation_down, adapter.core, adapter.singular_values
         )

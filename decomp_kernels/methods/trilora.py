@@ -8,7 +8,6 @@ leaves s out; that is ``fixed_scale=1.0`` here.
 """
 
 import math
-from typing import Any
 
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, LowRank, method
@@ -35,7 +34,7 @@ class TriLoRA(LowRank):
         adapter.up = base.kaiming(base.out_features, self.r)
         adapter.core = base.scales(self.r, fill=0.0)
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
             down=adapter.down,
             up=adapter.up,

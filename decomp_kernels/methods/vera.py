@@ -8,7 +8,6 @@ The start is exact.  A0 is frozen, so x is not kept for backward.
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +59,7 @@ class VeRA(Method):
         adapter.core = base.scales(self.r, fill=self.d_initial)
         adapter.up_scale = base.scales(base.out_features, fill=0.0)
 
-    def lower(self, adapter: Any, base: Base) -> Factors:
+    def lower(self, adapter: Adapter, base: Base) -> Factors:
         up = adapter.shared_up[: base.out_features]
         return Factors(
             down=adapter.shared_down[:, : base.in_features],
