@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB as float32: half of a core's level-2 cache or less on 2020s CPUs
+OUTER_ELEMENTS = 1 << 20  # of dW: enough rows that its GEMM runs at the speed of an undivided one
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -51,6 +52,15 @@ def expand(v: Tensor, small: Tensor, start: Tensor | None, dtype: torch.dtype) -
         v = torch.cat((v_high, v_low, v_high), 1)
         small = torch.cat((small_high, small_high, small_low), 0)
     return v @ small if start is None else torch.addmm(start, v, small)
+
+
+def outer_blocks(
+    g: Tensor, x: Tensor, elements: int = OUTER_ELEMENTS
+) -> Iterator[tuple[slice, Tensor]]:
+    """dW = g^T x [N, K] of g [M, N], x [M, K] in blocks of rows, never stored whole."""
+    g, x = g.contiguous(), x.contiguous()
+    for rows in row_blocks(g.shape[1], x.shape[1], elements):
+        yield rows, g[:, rows].T @ x
 
 
 def _split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -5,16 +5,16 @@ Formula and gradients: reference/decomposed_linear.py.  Tensors may have any lea
 
 import math
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from decomp_kernels import dispatch
-from decomp_kernels.factors import ACTIVATIONS, WeightMap
+from decomp_kernels.factors import ACTIVATIONS, SingularDiagonal, WeightMap
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
+from decomp_kernels.ops.map_ops import MAP_OPS
 from decomp_kernels.reference import decomposed_linear as reference
 from decomp_kernels.reference.decomposed_linear import Gradients
 from decomp_kernels.reference.dropout import threshold
@@ -187,43 +187,32 @@ class _DecomposedLinear(torch.autograd.Function):
         if y is not None:  # save_output: z = y / out_scale
             z = scale_columns(y.reshape(-1, y.shape[-1]), out_scale.reciprocal())
         map_op = _map_op(options) if need_map else None
-        needs_dX = map_op is not None and map_op.FROM_INPUT_GRADIENT
+        # A rotation acts on x: its gradients come from g W, the gradient of x R, without a GEMM of
+        # their own.  Not where a branch or in_scale adds to the gradient of x.
+        rotates = map_op is not None and map_op.FROM_INPUT_GRADIENT
+        rotates = rotates and down is None and in_scale is None
+        base = cast_weight if rotates else _effective(options, cast_weight, mapped)
         asked = [bool(wanted) for wanted in need]
-        asked[0] = bool(need.x or needs_dX)
+        asked[0] = bool(need.x or rotates)
         asked[-1] = bool(need.addend and out_scale is not None)
-        grads: Any = Gradients(
-            *bwd(
-                dy,
-                cast_x,
-                _effective(options, cast_weight, mapped),
-                None,
-                "dense",
-                bias,
-                _to(down, compute),
-                _to(up, compute),
-                core,
-                in_scale,
-                out_scale,
-                t,
-                z,
-                seed,
-                options.scale,
-                options.dropout,
-                options.activation,
-                [bool(wanted) for wanted in asked],
-                options.impl,
-            )  # fmt: skip
-        )
+        found = bwd(
+            dy, cast_x, base, None, "dense", bias, _to(down, compute), _to(up, compute), core,
+            in_scale, out_scale, t, z, seed, options.scale, options.dropout, options.activation,
+            asked, options.impl,
+        )  # fmt: skip
+        grads: Any = Gradients(*found)
         map_grads: tuple[Tensor | None, ...] = (None,) * len(mapped)
         if map_op is not None:
-            g = dy.reshape(-1, dy.shape[-1])
-            g = g if out_scale is None else scale_columns(g.contiguous(), out_scale)
+            m = _weight_map(options, mapped)
             X = cast_x.reshape(-1, cast_x.shape[-1])
-            X = X if in_scale is None else scale_columns(X.contiguous(), in_scale)
-            dX = grads.x.reshape(X.shape) if needs_dX else None
-            map_grads = map_op.contract(
-                _weight_map(options, mapped), cast_weight, g, X, dX, options.impl
-            )
+            if rotates:
+                map_grads, dX = map_op.backward(m, grads.x.reshape(X.shape), X, options.impl)
+                grads = grads._replace(x=dX.reshape(x.shape))
+            else:
+                g = dy.reshape(-1, dy.shape[-1])
+                g = g if out_scale is None else scale_columns(g.contiguous(), out_scale)
+                X = X if in_scale is None else scale_columns(X.contiguous(), in_scale)
+                map_grads = map_op.contract(m, cast_weight, g, X, options.impl)
         if need.addend and out_scale is None:
             grads = grads._replace(addend=dy)
         dtypes = {"x": ctx.x_dtype, "weight": weight.dtype, "addend": ctx.addend_dtype}
@@ -282,10 +271,17 @@ def decomposed_linear(
             "y / out_scale; leave save_output=False for this layer"
         )
     dispatch.check(impl)
-    if weight_map is not None and weight.requires_grad:
-        # The gradient of a trained base weight is dense, and so is its way through the map.
-        map_op = import_module(f"decomp_kernels.ops.{weight_map.op}")
-        weight, weight_map = map_op.dense(weight_map, weight), None
+    if weight_map is not None:
+        map_op = MAP_OPS[weight_map.op]
+        map_op.check(weight_map, weight)
+        if weight.requires_grad:
+            # The gradient of a trained base weight is dense, and so is its way through the map.
+            weight, weight_map = map_op.dense(weight_map, weight), None
+        elif isinstance(weight_map, SingularDiagonal) and down is None:
+            branch = map_op.as_low_rank(weight_map, math.prod(x.shape[:-1]))
+            if branch is not None:
+                (down, up, core), weight_map = branch, None
+                scale, dropout, activation = 1.0, 0.0, "identity"  # what a branch alone would use
     if threshold(dropout) == 0 or down is None:
         dropout, seed = 0.0, None
     elif seed is None:
@@ -316,7 +312,7 @@ def _weight_map(options: _Options, mapped: tuple[Tensor, ...]) -> WeightMap:
 
 def _map_op(options: _Options):
     assert options.map_kind is not None
-    return import_module(f"decomp_kernels.ops.{options.map_kind.op}")
+    return MAP_OPS[options.map_kind.op]
 
 
 def _effective(options: _Options, weight: Tensor, mapped: tuple[Tensor, ...]) -> Tensor:

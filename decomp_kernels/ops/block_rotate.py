@@ -1,0 +1,119 @@
+"""W_eff = W R^T, R a product of permuted block diagonals, as an operator
+(maths: reference/block_rotate.py).
+
+``build`` makes the weight of the forward GEMM: 2 N K b operations a step, where rotating x would
+cost 2 M K b.  R acts on x alone, so its gradient needs no gradient of a whole weight:
+``backward`` takes the gradient through W itself and gives d_blocks and dx.  Where something adds
+to that gradient (a low-rank branch, in_scale), ``contract`` makes it with a GEMM of its own.
+"""
+
+import torch
+from torch import Tensor
+
+from decomp_kernels import dispatch
+from decomp_kernels.factors import BlockRotate
+from decomp_kernels.kernels.aten import block_rotate as aten
+from decomp_kernels.ops.weight_map import check_tensors, outside_autocast
+from decomp_kernels.reference import block_rotate as reference
+
+FROM_INPUT_GRADIENT = True
+
+_MAP = "Tensor blocks, Tensor? permutations, str impl"
+torch.library.define("decomp_kernels::block_rotate_build", f"(Tensor weight, {_MAP}) -> Tensor")
+torch.library.define(
+    "decomp_kernels::block_rotate_contract",
+    f"(Tensor weight, Tensor g, Tensor x, {_MAP}) -> Tensor",
+)
+torch.library.define(
+    "decomp_kernels::block_rotate_bwd",
+    f"(Tensor gx, Tensor x, {_MAP}) -> (Tensor d_blocks, Tensor dx)",
+)
+
+
+@torch.library.impl("decomp_kernels::block_rotate_build", "CompositeExplicitAutograd")
+@outside_autocast
+def _build(weight, blocks, permutations, impl):
+    return (
+        _implementation(weight, impl).build(BlockRotate(blocks, permutations), weight).contiguous()
+    )
+
+
+@torch.library.impl("decomp_kernels::block_rotate_contract", "CompositeExplicitAutograd")
+@outside_autocast
+def _contract(weight, g, x, blocks, permutations, impl):
+    return _implementation(weight, impl).contract(BlockRotate(blocks, permutations), weight, g, x)
+
+
+@torch.library.impl("decomp_kernels::block_rotate_bwd", "CompositeExplicitAutograd")
+@outside_autocast
+def _bwd(gx, x, blocks, permutations, impl):
+    d_blocks, dx = _implementation(x, impl).backward(BlockRotate(blocks, permutations), gx, x)
+    return d_blocks, dx.contiguous()
+
+
+@torch.library.register_fake("decomp_kernels::block_rotate_build")
+def _build_fake(weight, blocks, permutations, impl):
+    return weight.new_empty(weight.shape)
+
+
+@torch.library.register_fake("decomp_kernels::block_rotate_contract")
+def _contract_fake(weight, g, x, blocks, permutations, impl):
+    return blocks.new_empty(blocks.shape)
+
+
+@torch.library.register_fake("decomp_kernels::block_rotate_bwd")
+def _bwd_fake(gx, x, blocks, permutations, impl):
+    return blocks.new_empty(blocks.shape), gx.new_empty(gx.shape)
+
+
+def _implementation(x: Tensor, impl: str):
+    return reference if dispatch.choose(x, impl) == "reference" else aten
+
+
+build_op = torch.ops.decomp_kernels.block_rotate_build.default
+contract_op = torch.ops.decomp_kernels.block_rotate_contract.default
+bwd_op = torch.ops.decomp_kernels.block_rotate_bwd.default
+
+
+def check(m: BlockRotate, weight: Tensor) -> None:
+    """Raise ValueError or TypeError where the map does not fit the weight [N, K]."""
+    K = weight.shape[1]
+    sizes = check_tensors(
+        m,
+        weight,
+        {"blocks": ("m", "q", "b", "b"), "permutations": ("m", K)},
+        indices="permutations",
+    )
+    if sizes["q"] * sizes["b"] != K or sizes["m"] < 1:
+        raise ValueError(
+            f"BlockRotate's blocks must be [m, q, b, b] with q * b = K = {K} and m at least 1, "
+            f"got {tuple(m.blocks.shape)}"
+        )
+
+
+def build(m: BlockRotate, weight: Tensor, impl: str) -> Tensor:
+    return build_op(weight, m.blocks, m.permutations, impl)
+
+
+def contract(
+    m: BlockRotate, weight: Tensor, g: Tensor, x: Tensor, impl: str
+) -> tuple[Tensor | None, ...]:
+    """The gradient of blocks, from g = out_scale * dy [M, N] and x = in_scale * x [M, K]."""
+    return _with_none(m, contract_op(weight, g, x, m.blocks, m.permutations, impl))
+
+
+def backward(
+    m: BlockRotate, gx: Tensor, x: Tensor, impl: str
+) -> tuple[tuple[Tensor | None, ...], Tensor]:
+    """(the gradient of blocks, dx) from gx = g W [M, K] and x [M, K]."""
+    d_blocks, dx = bwd_op(gx, x, m.blocks, m.permutations, impl)
+    return _with_none(m, d_blocks), dx
+
+
+def dense(m: BlockRotate, weight: Tensor) -> Tensor:
+    """W_eff with plain autograd through it: for a base weight that is trained itself."""
+    return reference.build(m, weight)
+
+
+def _with_none(m: BlockRotate, d_blocks: Tensor) -> tuple[Tensor | None, ...]:
+    return (d_blocks,) if m.permutations is None else (d_blocks, None)
