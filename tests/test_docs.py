@@ -34,7 +34,7 @@ def _tracked() -> list[Path]:
         return [path for path in files if path.exists()]
     folders = ("decomp_kernels", "tests", "docs", "scripts", "benchmarks")
     inside = [path for folder in folders for path in (ROOT / folder).rglob("*.*")]
-    return [*ROOT.glob("*.*"), *inside]
+    return [p for p in [*ROOT.glob("*.*"), *inside] if p.is_file() and p.suffix != ".pyc"]
 
 
 def test_readme_has_code():
