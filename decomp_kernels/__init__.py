@@ -1,5 +1,6 @@
 """Parameter-efficient fine-tuning as decompositions of one frozen weight (arXiv 2407.05417)."""
 
+from decomp_kernels.constraints import mpc_loss
 from decomp_kernels.factors import Factors
 from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import METHODS, methods
