@@ -2,6 +2,8 @@
 
 from decomp_kernels.constraints import mpc_loss
 from decomp_kernels.factors import Factors
+from decomp_kernels.interop.description import AdapterFileError
+from decomp_kernels.interop.files import load_adapter, save_adapter
 from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import METHODS, methods
 from decomp_kernels.model import (

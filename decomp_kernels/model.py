@@ -234,31 +234,29 @@ def set_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
 @torch.no_grad()
 def initialize(model: nn.Module) -> nn.Module:
     """Fill adapters that were made on the meta device, from the base weights loaded since."""
-    waiting: dict[int, Adapter] = {}
+    waiting: dict[str, dict[str, Any]] = {}  # layers by the adapter's name
     for name, layer in adapted_layers(model).items():
-        for adapter in layer.adapters.values():
+        for adapter_name, adapter in layer.adapters.items():
             if adapter.initialized:
                 continue
             if layer.weight.device.type == "meta":
                 raise RuntimeError(f"{name} is on the meta device still; load its weight first")
-            waiting[id(adapter)] = adapter
-    groups: dict[str, list[tuple[str, Decomposed]]] = {}
-    for name, layer in adapted_layers(model).items():
-        for adapter_name, adapter in layer.adapters.items():
-            if id(adapter) in waiting:
-                groups.setdefault(adapter_name, []).append((name, layer))
-    for adapter_name, members in groups.items():
-        methods = {name: layer.adapters[adapter_name].method for name, layer in members}
-        shared = make_shared(methods, dict(members))
-        for name, layer in members:
+            waiting.setdefault(adapter_name, {})[name] = layer
+    made: list[tuple[Any, str, Adapter]] = []
+    for adapter_name, layers in waiting.items():
+        methods = {name: layer.adapters[adapter_name].method for name, layer in layers.items()}
+        shared = make_shared(methods, layers)
+        for name, layer in layers.items():
             old = layer.adapters[adapter_name]
             matrix = next((p for p in old.parameters() if p.dim() == 2), None)
             dtype = None if matrix is None else matrix.dtype
             fresh = layer.make_adapter(old.method, name, dtype, shared.get(repr(old.method)))
-            fresh.train(old.training)
-            layer.adapters[adapter_name] = fresh
-            if layer.active_adapter is not None:
-                layer.set_adapter(layer.active_adapter)
+            fresh.train(old.training).requires_grad_(adapter_name == layer.active_adapter)
+            made.append((layer, adapter_name, fresh))
+    for layer, adapter_name, fresh in made:
+        layer.adapters[adapter_name] = fresh
+        if layer.active_adapter is not None:
+            layer.set_adapter(layer.active_adapter)
     return model
 
 

@@ -45,9 +45,9 @@ def find_targets(
                 continue
         elif not matches(name, target):
             continue
-        why_not = _why_not(model, name, module, cls, owners)
-        if why_not is not None:
-            found.skipped[name] = why_not
+        reason = why_not(model, name, module, cls, owners)
+        if reason is not None:
+            found.skipped[name] = reason
             continue
         owners[id(module.weight)] = name
         found.modules[name] = module
@@ -83,13 +83,14 @@ def check_names(what: str, names: Names) -> None:
         )
 
 
-def _why_not(
+def why_not(
     model: nn.Module,
     name: str,
     module: nn.Module,
     cls: type[Decomposed] | None,
     owners: dict[int, str],
 ) -> str | None:
+    """The reason why ``module`` cannot become a ``cls``, if any; owners: {id(weight): path}."""
     if cls is None:
         kind = type(module).__name__
         if isinstance(module, nn.Linear):
