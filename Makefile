@@ -2,7 +2,7 @@
 # make test        set up for development, then the test suite
 # make check       lint, format, types, generated documents, wheel and sdist
 # make check-all   make check, and every test including the full grids
-# make bench       time and memory of every method beside PEFT's                    (results: benchmarks/results)
+# make bench       time and memory of every method beside PEFT's                    (results: benchmarks/results/cpu)
 # make docs        write the generated documents again
 # make clean       remove what builds and runs leave; the virtual environment stays
 #
@@ -13,6 +13,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+BENCH_RESULTS ?= benchmarks/results/cpu
 
 .DELETE_ON_ERROR:
 .PHONY: demo test check check-all bench docs clean setup-demo setup-dev
@@ -51,7 +53,9 @@ check-all: check
 	$(PYTEST) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 
 bench: $(DEV_READY)
-	$(PY) -m decomp_kernels.cli.main bench layer
+	$(PY) -m decomp_kernels.cli.main bench layer $(BENCH_ARGS) \
+		--output $(BENCH_RESULTS)/layer.json --picture $(BENCH_RESULTS)/layer.png
+	$(PY) -m decomp_kernels.cli.main bench table $(BENCH_RESULTS)/layer.json --goals benchmarks/goals.json
 
 docs: $(DEV_READY)
 	PYTHONPATH=. $(PY) scripts/generate_docs.py
