@@ -72,10 +72,21 @@ def _ia3(feedforward: list[str]) -> Any:
     return IA3Config(feedforward_modules=feedforward, **_TARGET)
 
 
+def _vera(method: Any) -> Any:
+    from peft import VeraConfig
+
+    return VeraConfig(
+        r=method.r, vera_dropout=method.dropout, d_initial=method.d_initial,
+        projection_prng_key=method.projection_prng_key, **_TARGET,
+    )  # fmt: skip
+
+
 CONFIGS: dict[str, Callable[[Any], Any]] = {
     "lora": _low_rank,
     "dora": lambda method: _low_rank(method, use_dora=True),
+    "pissa": lambda method: _low_rank(method, init_lora_weights="pissa_niter_4"),
     "adalora": _adalora,
+    "vera": _vera,
     "ia3": lambda method: _ia3([]),
     "ssl": lambda method: _ia3(["0"]),
 }
