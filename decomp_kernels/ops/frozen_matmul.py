@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from decomp_kernels.kernels import gemm
+from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.ops.weight_map import outside_autocast
 
 torch.library.define("decomp_kernels::frozen_matmul_fwd", "(Tensor weight, Tensor right) -> Tensor")
@@ -54,7 +55,7 @@ class _FrozenMatmul(torch.autograd.Function):
         return fwd(weight, right)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         (weight,) = ctx.saved_tensors
         return None, bwd(weight, dy)

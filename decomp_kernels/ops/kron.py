@@ -9,6 +9,7 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import kron as aten
 from decomp_kernels.ops.decomposed_linear import _autocast_dtype as autocast_dtype
+from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import kron as reference
 
 torch.library.define(
@@ -74,7 +75,7 @@ class _KronLinear(torch.autograd.Function):
         return fwd(_to(x, compute), _to(left, compute), _to(right, compute), impl)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         x, left, right = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])
