@@ -294,14 +294,16 @@ def test_compiles_with_the_model_without_a_graph_break():
         torch.testing.assert_close(ours, eager, rtol=0, atol=0)
 
 
-def test_autocast_does_not_lower_the_precision():
-    model = adapted(dk.LoRA(r=3))
-    tensors = [tensor for tensor in model.parameters() if tensor.requires_grad]
-    outside = outcome(dk.mpc_loss(model), tensors)
+@impls
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_autocast_does_not_lower_the_precision(dtype, impl):
+    downs, ups = matrices([(3, 40, 30), (2, 12, 9)], dtype)
+    outside = outcome(gram_penalty(downs, ups, impl=impl), downs + ups)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = outcome(dk.mpc_loss(model), tensors)
+        inside = outcome(gram_penalty(downs, ups, impl=impl), downs + ups)
+    assert outside[0].dtype == torch.float32
     for one, other in zip(outside, inside, strict=True):
-        assert one.dtype == torch.float32
+        assert one.dtype == other.dtype
         assert torch.equal(one, other)
 
 
