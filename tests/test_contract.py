@@ -36,6 +36,11 @@ def perturb(layer, size=0.2):
             if tensor.requires_grad:
                 noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
                 tensor.add_((size * noise).to(tensor.dtype))
+    for module in layer.modules():
+        if isinstance(module, dk.DecomposedLinear):
+            adapter = module.adapters[module.active_adapter]
+            if hasattr(adapter.method, "select_directions"):  # LoRA-Dash after its warm-up
+                adapter.method.select_directions(adapter, module.base())
     return layer
 
 
