@@ -13,6 +13,7 @@ from xml.sax.saxutils import escape
 import decomp_kernels as dk
 from decomp_kernels import factors
 from decomp_kernels.cli import methods
+from decomp_kernels.methods import adalora, lora_dash
 from layers import LAYERS
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,8 @@ API_HEAD = (
     "The command line describes itself: `decomp-kernels --help`."
 )
 MAPS_HEAD = "The closed set of changes of a whole weight, in `decomp_kernels.factors`."
+COMPANIONS_HEAD = "In the method's file, `decomp_kernels.methods.<file>`."
+COMPANIONS = (adalora.RankAllocator, lora_dash.select_directions)
 METHODS_HEAD = (
     "Options with their defaults; PEFT's spellings (`lora_alpha`, ...) are accepted too. "
     "Formulas and counts in one table: [methods.md](methods.md)."
@@ -50,6 +53,11 @@ def api() -> str:
         ),
         f"## Weight maps\n\n{MAPS_HEAD}\n",
         *(_entry(cls.__name__, cls) for cls in factors.WeightMap.__subclasses__()),
+        f"## Companions of single methods\n\n{COMPANIONS_HEAD}\n",
+        *(
+            _entry(f"{value.__module__.rpartition('.')[2]}.{value.__name__}", value)
+            for value in COMPANIONS
+        ),
         f"## Methods\n\n{METHODS_HEAD}\n",
         *(
             _entry(cls.__name__, cls)
@@ -73,22 +81,35 @@ def _entry(name: str, value: object) -> str:
         words = "\n\n".join(part for part in (head, words) if part)
     text = [f"### {name}\n", f"```python\n{_signature(name, value)}\n```\n"]
     text.append(f"```text\n{words}\n```\n")
-    if inspect.isclass(value):
-        for member_name, member in vars(value).items():
-            if inspect.isfunction(member) and not member_name.startswith("_"):
-                if value in dk.methods().values():
-                    continue  # create, lower and the like: CONTRIBUTING.md
-                text.append(f"```python\n{_signature(f'{name}.{member_name}', member)}\n```\n")
-                text.append(f"```text\n{inspect.getdoc(getattr(value, member_name))}\n```\n")
+    for member_name, member in _members(value):
+        text.append(f"```python\n{_signature(f'{name}.{member_name}', member)}\n```\n")
+        text.append(f"```text\n{inspect.getdoc(member)}\n```\n")
     return "\n".join(text)
 
 
+def _members(value: object) -> list[tuple[str, object]]:
+    """Public functions that a class of ours describes; a method's own are in CONTRIBUTING.md."""
+    if not inspect.isclass(value) or value in dk.methods().values():
+        return []
+    ours = [cls for cls in value.__mro__ if cls.__module__.startswith("decomp_kernels")]
+    found = {name: member for cls in reversed(ours) for name, member in vars(cls).items()}
+    return [
+        (name, member)
+        for name, member in found.items()
+        if inspect.isfunction(member) and not name.startswith("_") and member.__doc__
+    ]
+
+
 def _signature(name: str, value: object) -> str:
+    if inspect.isclass(value) and issubclass(value, Exception):
+        return f"class {name}({value.__base__.__name__})"
     if is_dataclass(value):
         shown = [
             field.name if _required(field) else f"{field.name}={field.default!r}"
             for field in sorted(fields(value), key=lambda field: field.name == "impl")
         ]
+        if any(field.kw_only for field in fields(value)):
+            shown.insert(0, "*")
     else:
         shown = []
         for parameter in inspect.signature(value).parameters.values():

@@ -26,7 +26,7 @@ LAYERS = [
         "constraints": "MPC over a whole model",
     },
     {
-        "interop": "other libraries",
+        "interop": "files; other libraries",
         "bench": "the measuring engine",
         "testing": "the tolerance policy",
     },
