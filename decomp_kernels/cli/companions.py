@@ -2,42 +2,65 @@
 
 AdaLoRA     its rank allocator after each step, and its orthogonality term in the loss
 LoRA-Dash   one choice of directions, after a fifth of the steps
+--mpc       the paper's pattern constraint in the loss, for every method with A and B
 """
 
 from torch import Tensor, nn
 
-from decomp_kernels.cli.errors import BadInput
+from decomp_kernels.cli.errors import BadInput, one_line
+from decomp_kernels.constraints import mpc_loss
 from decomp_kernels.methods import lora_dash
 from decomp_kernels.methods.adalora import AdaLoRA, RankAllocator
 from decomp_kernels.methods.base import Method
 
 
 class Companion:
-    """Nothing to do: what most methods need."""
+    """mpc: the constraint's kind, "o" or "d", or None; coef: its weight in the loss."""
 
-    def loss(self, model: nn.Module) -> Tensor | None:
+    def __init__(self, model: nn.Module, mpc: str | None = None, coef: float = 0.0) -> None:
+        self.model, self.mpc, self.coef = model, mpc, coef
+        try:
+            self.loss()
+        except ValueError as error:
+            raise BadInput(f"--mpc: {one_line(error)}") from None
+
+    def loss(self) -> Tensor | None:
         """A term to add to the task's loss."""
-        return None
+        return None if self.mpc is None else mpc_loss(self.model, self.mpc, self.coef)
 
-    def after(self, model: nn.Module, step: int) -> None:
+    def after(self, step: int) -> None:
         """Called with ``step`` optimizer steps taken, before the gradients are dropped."""
 
     def state(self) -> dict[str, Tensor]:
         return {}
 
     def restore(self, state: dict[str, Tensor]) -> None:
-        pass
+        if state:
+            raise ValueError(f"it has {next(iter(state))!r}, which this method does not know")
 
 
 class Ranks(Companion):
-    def __init__(self, method: AdaLoRA, steps: int) -> None:
+    def __init__(
+        self, method: AdaLoRA, steps: int, model: nn.Module, mpc: str | None, coef: float
+    ) -> None:
+        self.weight = method.orth_reg_weight
+        super().__init__(model, mpc, coef)
         try:
             self.allocator = RankAllocator(method, steps)
         except ValueError as error:
-            raise BadInput(f"method adalora: {error}") from None
+            raise BadInput(f"method adalora: {one_line(error)}") from None
 
-    def after(self, model: nn.Module, step: int) -> None:
-        self.allocator.step(model, step)
+    def loss(self) -> Tensor | None:
+        own = None
+        if self.weight:
+            own = mpc_loss(
+                self.model, "o", self.weight, squared=False, reduction="mean_over_matrices"
+            )
+        asked = super().loss()
+        return own if asked is None else asked if own is None else own + asked
+
+    def after(self, step: int) -> None:
+        self.allocator.step(self.model, step)
 
     def state(self) -> dict[str, Tensor]:
         return self.allocator.state_dict()
@@ -47,17 +70,20 @@ class Ranks(Companion):
 
 
 class Directions(Companion):
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, model: nn.Module, mpc: str | None, coef: float) -> None:
+        super().__init__(model, mpc, coef)
         self.at = max(1, steps // 5)
 
-    def after(self, model: nn.Module, step: int) -> None:
+    def after(self, step: int) -> None:
         if step == self.at:
-            lora_dash.select_directions(model)
+            lora_dash.select_directions(self.model)
 
 
-def companion(method: Method, steps: int) -> Companion:
+def companion(
+    method: Method, steps: int, model: nn.Module, mpc: str | None, coef: float
+) -> Companion:
     if isinstance(method, AdaLoRA):
-        return Ranks(method, steps)
+        return Ranks(method, steps, model, mpc, coef)
     if isinstance(method, lora_dash.LoRADash):
-        return Directions(steps)
-    return Companion()
+        return Directions(steps, model, mpc, coef)
+    return Companion(model, mpc, coef)

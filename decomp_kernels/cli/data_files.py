@@ -91,4 +91,4 @@ def _csv(path: Path) -> Iterator[tuple[int, dict]]:
                     raise BadInput(f"{where}: fewer fields than the header has columns")
                 yield reader.line_num, row
         except csv.Error as error:
-            raise BadInput(f"{path}, line {reader.line_num}: {error}") from None
+            raise BadInput(f"{path}, line {reader.reader.line_num}: {error}") from None

@@ -89,11 +89,11 @@ def train(
             for group, most in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = most * rate(step, steps)
             loss = task.loss(model, rows_of(step, task.size, batch_size, seed))
-            extra = companion.loss(model)
+            extra = companion.loss()
             (loss if extra is None else loss + extra).backward()
             nn.utils.clip_grad_norm_(trained, LONGEST_GRADIENT)
             optimizer.step()
-            companion.after(model, step + 1)
+            companion.after(step + 1)
             optimizer.zero_grad()
             history.losses.append(loss.item())
             history.seconds.append(time.perf_counter() - began)

@@ -189,6 +189,8 @@ OPTIONS: dict[str, list[tuple[str, str, dict[str, Any]]]] = {
         ("--epochs", "in place of --steps", {"type": float}),
         ("--batch-size", "default: 32", {"type": int, "metavar": "ROWS"}),
         ("--weight-decay", "of matrices (default: 0)", {"type": float, "metavar": "RATE"}),
+        ("--mpc", "pattern constraint on A and B in the loss: o or d", {"metavar": "KIND"}),
+        ("--mpc-coef", "its weight (default: 0.1)", {"type": float, "metavar": "WEIGHT"}),
         ("--max-length", "texts are cut (default: 64)", {"type": int, "metavar": "TOKENS"}),
         ("--pooling", "of an encoder: mean or cls (default: mean)", {}),
         ("--base-dropout", "the base model's own dropout too", {"action": "store_true"}),

@@ -4,7 +4,7 @@
     loss  cross entropy of 20 e(q_i) . e(d_j) over j, and over i, averaged (in-batch contrastive)
 
 A document that occurs twice in a batch is no wrong answer: its other copies are left out.
-A held-out query is ranked against every held-out document; ties count against it.
+A held-out query is ranked against every different held-out document; ties count against it.
 """
 
 from typing import Any
@@ -54,8 +54,15 @@ class Retrieval:
         """Per held-out query: 1 where its document is among the first k, else 0."""
         q = self._embed_all(model, self.held_queries, batch_size)
         d = self._embed_all(model, self.held_documents, batch_size)
-        scores = q @ d.T
-        better = ((scores >= scores.diagonal()[:, None]) & ~_equal(self.held_numbers)).sum(1)
+        numbers = self.held_numbers
+        once = torch.zeros(len(d), dtype=torch.bool)
+        once[[numbers.tolist().index(number) for number in range(int(numbers.max()) + 1)]] = True
+        better = torch.empty(len(q), dtype=torch.long)
+        for start in range(0, len(q), batch_size):  # queries x documents would be a large tensor
+            rows = slice(start, start + batch_size)
+            own = (q[rows] * d[rows]).sum(1)
+            below = q[rows] @ d[once].T < own[:, None]  # NaN is below nothing
+            better[rows] = (~below & (numbers[rows, None] != numbers[once])).sum(1)
         ones = torch.ones(len(q), dtype=torch.float64)
         return {f"recall@{k}": Scores((better < k).double(), ones) for k in RANKS}
 

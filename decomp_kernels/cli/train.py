@@ -89,7 +89,7 @@ def _one(job: Job, choice: MethodChoice, output: Path) -> tuple[nn.Module, Train
     models.set_dropout(model, options.base_dropout)
     lr = options.learning_rate(choice)
     history = loop.train(
-        model, job.task, companion(method, job.steps),
+        model, job.task, companion(method, job.steps, model, options.mpc, options.mpc_coef),
         label=choice.label, steps=job.steps, batch_size=options.batch_size, lr=lr,
         weight_decay=options.weight_decay, seed=options.seed,
         checkpoint_path=output / "checkpoints" / f"{choice.label}.safetensors",
