@@ -1,4 +1,4 @@
-"""The tolerance policy.  A fast path may be twice as wrong as PyTorch in the same dtypes, no more."""
+"""The tolerance policy: a fast path may be twice as wrong as PyTorch in the same dtypes."""
 
 import torch
 from torch import Tensor

@@ -34,7 +34,7 @@ def test_the_mask_is_the_defined_one(seed, p):
 
 
 def test_splitmix64_known_answers():
-    """The first outputs for seed 0, as published with the generator (java.util.SplittableRandom)."""
+    """The first outputs for seed 0, as published with it (java.util.SplittableRandom)."""
     words = []
     lanes = lanes_in_plain_integers(0, 12)
     for i in range(3):

@@ -3,7 +3,8 @@
     X = x * in_scale        t = drop(X) A^T        v = phi(t) * core
     z = X W^T + scale * v B^T + addend             y = out_scale * z + bias
 
-    x [M, K]  W [N, K]  A [r, K]  B [N, r]  core [r]  in_scale [K]  out_scale, bias [N]  addend [M, N]
+    x [M, K]  W [N, K]  A [r, K]  B [N, r]  core [r]  in_scale [K]  out_scale, bias [N]
+    addend, z, y [M, N]
 
 Backward, with g = out_scale * dy, u = scale * g B and dt = (u * core) * phi'(t):
 
@@ -83,7 +84,7 @@ def forward(
     dropout: float,
     activation: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """y [M, N] in x's dtype, t [M, r] in down's dtype (None without down), z [M, N] in x's dtype."""
+    """y, z [M, N] in x's dtype, t [M, r] in down's dtype (None without down)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     X = x.to(wide) if in_scale is None else x.to(wide) * in_scale.to(wide)
     z = X @ weight.to(wide).T

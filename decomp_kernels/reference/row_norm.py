@@ -2,7 +2,7 @@
 
     W [N, K]   A = down [r, K]   B = up [N, r]   n [N]
 
-    dV = (dn / n)[:, None] * V,  V = W + scale * B A      dB = scale * dV A^T      dA = scale * B^T dV
+    dV = (dn / n)[:, None] * V,  V = W + scale * B A     dB = scale * dV A^T     dA = scale * B^T dV
 
 Computed in float32, or float64 where W is float64, from V itself: this is the oracle.
 """
