@@ -72,7 +72,7 @@ class SingularDiagonal(WeightMap):
 
 @dataclass(frozen=True, eq=False)
 class Scatter(WeightMap):
-    """W_eff = W, and W_eff[rows[j], cols[j]] += values[j].  rows, cols int64 [nnz], each once."""
+    """W_eff = W, plus values[j] at [rows[j], cols[j]].  rows, cols int64 [nnz], no pair twice."""
 
     op = "scatter"
     rows: Tensor

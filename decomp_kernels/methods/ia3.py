@@ -10,7 +10,7 @@ from decomp_kernels.methods.base import Adapter, Base, Method, method
 
 @method("ia3")
 class IA3(Method):
-    """scale_bias: the bias is inside the scale, as in PEFT; else outside, as in arXiv:2407.05417."""
+    """scale_bias: the bias is inside the scale, as in PEFT; else outside, as arXiv:2407.05417."""
 
     formula = "diag(l) W"
     citation = "arXiv:2205.05638"
