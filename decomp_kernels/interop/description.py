@@ -166,7 +166,7 @@ def _parse(text: bytes) -> Any:
         )
     except (ValueError, RecursionError) as error:  # a RecursionError: lists in lists in lists
         raise AdapterFileError(
-            f"adapter.json must be JSON in UTF-8, and it is not ({_short(str(error))}); "
+            f"adapter.json must be JSON in UTF-8, and it is not ({str(error)[:200]}); "
             "it is damaged: copy it again, or save the adapter again"
         ) from None
 

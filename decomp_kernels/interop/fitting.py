@@ -56,9 +56,9 @@ def fit(model: nn.Module, description: Description, allow_other_base: bool) -> F
     methods = [_method(name, options) for name, options in description.methods]
     copies = _copies(model, description)
     layers = _layers(model, description)
+    biases = _biases(model, description)
     _check_base(layers, description, allow_other_base)
     blanks = _blanks(layers, methods, description)
-    biases = _biases(model, description)
     places = _layer_places(layers, blanks, description)
     for path, module in copies.items():
         for name, tensor in module.state_dict().items():
