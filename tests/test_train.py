@@ -23,6 +23,7 @@ import decomp_kernels as dk
 from decomp_kernels.cli import checkpoint, checks, compare, folder, loop
 from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.main import main
+from decomp_kernels.cli.models import training_mode
 from decomp_kernels.cli.retrieval import Retrieval
 
 pytest.importorskip("transformers")
@@ -330,20 +331,40 @@ def test_the_learning_rate_rises_and_falls_to_nothing():
     assert all(loop.rate(step, 1) == 1.0 for step in range(1))
 
 
-def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_crash_while_writing_leaves_the_old_checkpoint(tmp_path, monkeypatch, call):
     path = tmp_path / "state.safetensors"
     checkpoint.write(path, {"a": torch.ones(3)}, {"losses": [0.1]})
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, call, full)
     with pytest.raises(BadInput, match=r"cannot write .*No space left"):
         checkpoint.write(path, {"a": torch.zeros(3)}, {"losses": [0.1, 0.2]})
     tensors, facts = checkpoint.read(path)
     assert torch.equal(tensors["a"], torch.ones(3))
     assert facts == {"losses": [0.1]}
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path):
+    """Killed after the new content is on the disk and before it has its name."""
+    path = tmp_path / "state.safetensors"
+    checkpoint.write(path, {"a": torch.ones(3)}, {"losses": [0.1]})
+    script = (
+        "import os, signal, sys, torch; from pathlib import Path\n"
+        "from decomp_kernels.cli import checkpoint\n"
+        "os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "checkpoint.write(Path(sys.argv[1]), {'a': torch.zeros(3)}, {'losses': []})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(path)])
+    assert done.returncode == -signal.SIGKILL
+    tensors, facts = checkpoint.read(path)
+    assert torch.equal(tensors["a"], torch.ones(3))
+    assert facts == {"losses": [0.1]}
+    checkpoint.write(path, {"a": torch.zeros(3)}, {"losses": []})  # what was left is in no way
+    assert torch.equal(checkpoint.read(path)[0]["a"], torch.zeros(3))
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "other"])
@@ -498,6 +519,31 @@ def test_the_pattern_constraint_changes_training(command, tmp_path, capsys):
     assert ends[1] < 0.9 * ends[0]
     assert main(command("--method", "ssb", "--mpc", "d", output="ssb")) == 2
     assert "--mpc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base_dropout", [False, True])
+def test_the_base_has_dropout_only_where_asked(models, base_dropout):
+    """Adapters, ours and PEFT's, always have theirs."""
+    from transformers import AutoModel
+
+    base = AutoModel.from_pretrained(models["encoder"])
+    ids = torch.arange(4, 20)[None]
+    method = dk.LoRA(dropout=0.5)
+    names = ["encoder.layer.1.output.dense"]
+    ours = dk.adapt(compare.twin(base), method, names)
+    peer, _ = compare.peer_of(base, method, names)
+    for model in (base, ours, peer):
+        training_mode(model, base_dropout)
+        one, other = (model(input_ids=ids).last_hidden_state for _ in range(2))
+        assert torch.equal(one, other) != base_dropout, "the adapters' branch is 0 at the start"
+    with torch.no_grad():
+        for name, tensor in [*ours.named_parameters(), *peer.named_parameters()]:
+            if name.endswith((".up", "lora_B.default.weight")):
+                tensor.normal_()
+    for model in (ours, peer):
+        training_mode(model, base_dropout)
+        one, other = (model(input_ids=ids).last_hidden_state for _ in range(2))
+        assert not torch.equal(one, other)
 
 
 # The pieces of the comparison

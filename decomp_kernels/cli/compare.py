@@ -17,7 +17,7 @@ from torch import nn
 
 from decomp_kernels.bench import engine, memory, peers
 from decomp_kernels.cli.errors import need
-from decomp_kernels.cli.models import set_dropout
+from decomp_kernels.cli.models import training_mode
 from decomp_kernels.cli.tasks import Task
 from decomp_kernels.linear import Decomposed
 from decomp_kernels.methods.base import Method
@@ -117,7 +117,7 @@ def compare(
 def _contender(
     name: str, model: nn.Module, task: Task, rows: list[int], base_dropout: bool, bar: Any
 ) -> engine.Contender:
-    set_dropout(model, base_dropout)
+    training_mode(model, base_dropout)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     embeddings.register_forward_hook(lambda module, given, output: output.requires_grad_())
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from decomp_kernels.cli.errors import BadInput, need, one_line
+from decomp_kernels.linear import Decomposed
 
 BUILT_IN = "all-MiniLM-L6-v2"
 
@@ -53,14 +54,15 @@ def unused(model: nn.Module) -> list[str]:
     return [f"pooler.{name}" for name, m in pooler.named_modules() if isinstance(m, nn.Linear)]
 
 
-def set_dropout(model: nn.Module, on: bool) -> None:
-    """Training mode for the adapters; the base model's own dropout only where it is asked for."""
-    model.train()
-    if on:
-        return
+def training_mode(model: nn.Module, base_dropout: bool) -> None:
+    """Training mode for the adapters, ours or PEFT's, and for the base only where it is asked for.
+
+    Attention reads its module's mode, not that of a dropout inside: the base is in it as a whole.
+    """
+    model.train(base_dropout)
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()
+        if isinstance(module, Decomposed) or hasattr(module, "base_layer"):
+            module.train()
 
 
 def _source(name: str | None) -> tuple[str, bool]:

@@ -23,9 +23,13 @@ CHOICES = {
     "pooling": ("mean", "cls"),
     "mpc": (None, "o", "d"),
 }
-# Found on the built-in task by short runs: scales near 1 need larger steps than matrices.
-LEARNING_RATES = {"ssb": 2e-2, "ssl": 2e-2, "ia3": 2e-2}
-LEARNING_RATE = 2e-3
+# Methods that train scales near 1 need larger steps than those that train matrices.
+SCALES = ("ia3", "ssb", "ssl", "vera")
+RATE, RATE_OF_SCALES = 2e-4, 5e-3  # the customary ones of LoRA and of (IA)^3
+BUILT_IN_RATE, BUILT_IN_RATE_OF_SCALES = (
+    4e-3,
+    3e-2,
+)  # found by short runs: a small encoder, few steps
 # These may differ between the parts of an interrupted job: they do not change its weights.
 NUMBERS = ("lr", "epochs", "weight_decay", "mpc_coef")
 FREE = ("output", "resume", "overwrite", "config", "checkpoint_every", "rounds")
@@ -125,7 +129,11 @@ class TrainOptions:
             choice.label = choice.name if count == 1 else f"{choice.name}-{count}"
 
     def learning_rate(self, choice: MethodChoice) -> float:
-        return choice.lr or self.lr or LEARNING_RATES.get(choice.name, LEARNING_RATE)
+        if choice.lr or self.lr:
+            return choice.lr or self.lr or 0.0
+        if choice.name in SCALES:
+            return BUILT_IN_RATE_OF_SCALES if self.data is None else RATE_OF_SCALES
+        return BUILT_IN_RATE if self.data is None else RATE
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -87,7 +87,7 @@ def table(
     task: Task, frozen: dict[str, float], trained: list[Trained], compared: list[Compared]
 ) -> list[list[str]]:
     """Header and rows of text: the frozen model, and each method followed by its peer."""
-    header = ["", "trainable"]
+    header = ["method", "trainable"]
     for name in frozen:
         header.append(f"{name}: before → after [gain, 95 %]")
     if not task.higher_is_better:

@@ -86,7 +86,7 @@ def _one(job: Job, choice: MethodChoice, output: Path) -> tuple[nn.Module, Train
     options, method = job.options, choice.make()
     torch.manual_seed(options.seed)
     model = _adapt(twin(job.base), choice, options)
-    models.set_dropout(model, options.base_dropout)
+    models.training_mode(model, options.base_dropout)
     lr = options.learning_rate(choice)
     history = loop.train(
         model, job.task, companion(method, job.steps, model, options.mpc, options.mpc_coef),
