@@ -91,15 +91,18 @@ def test_an_untrained_branch_selects_nothing():
     assert not adapter.direction_up.any()
 
 
-def test_a_weight_of_low_rank_gives_finite_directions():
+def test_directions_that_neither_exist_nor_change_are_not_selected():
+    """A weight with exact zeros among its singular values: 0 / 0 must not come first."""
     adapter, base = made()
-    with torch.no_grad():
-        base.weight[4:] = 0
     warm_up(adapter)
+    with torch.no_grad():
+        base.weight.zero_()
+        base.weight[:4, :4] = torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]))
+        adapter.up[4:] = 0
+    assert (torch.linalg.svdvals(base.weight)[4:] == 0).all()
     METHOD.select_directions(adapter, base)
-    assert torch.isfinite(adapter.direction_up).all()
-    eye = torch.eye(4, dtype=torch.float64)
-    assert relative_error(adapter.direction_down @ adapter.direction_down.T, eye) < 1e-12
+    assert not adapter.direction_up[4:].any()
+    assert relative_error(adapter.direction_up.abs().sum(1)[:4], torch.ones(4)) < 1e-12
 
 
 def test_a_whole_model_at_once_or_not_at_all():

@@ -132,15 +132,19 @@ def test_the_series_adapter_in_low_precision(activation, dtypes):
 def test_the_series_adapter_asks_only_for_the_gradients_it_needs():
     adapter, base = made(SERIES["gelu"], 5, 6)
     disturb(adapter, base)
-    x = torch.randn(4, 6, dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64)
     y = adapter.method.forward(adapter, base, x, training=True)
     everything = torch.autograd.grad(y.sum(), list(trained(adapter).values()))
+    saved = []
     for name, expected in zip(trained(adapter), everything, strict=True):
         for other, p in adapter.named_parameters():
             p.requires_grad_(other == name)
-        y = adapter.method.forward(adapter, base, x, training=True)
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = adapter.method.forward(adapter, base, x, training=True)
         (alone,) = torch.autograd.grad(y.sum(), [getattr(adapter, name)])
         assert torch.equal(alone, expected), name
+        assert any(t.shape == y.shape for t in saved) == (name == "down"), "z is for dA alone"
 
 
 def test_the_series_adapter_feeds_an_in_place_consumer():

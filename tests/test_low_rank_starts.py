@@ -144,9 +144,9 @@ def test_the_rotational_core_keeps_the_digits_of_small_rotations():
     from decomp_kernels.methods.spectral_rotational import core_matrix
 
     small = 1e-5 * torch.randn(2, 6, 6)
-    c, S = torch.ones(6), torch.linspace(3.0, 1.0, 6)
-    small64, S64 = small.double(), S.double()
-    turned = rotation(small64[0]) @ torch.diag(S64) @ rotation(small64[1]).T
+    c, S = 1 + 1e-5 * torch.randn(6), torch.linspace(3.0, 1.0, 6)
+    small64, c64, S64 = small.double(), c.double(), S.double()
+    turned = rotation(small64[0]) @ torch.diag(S64 * c64) @ rotation(small64[1]).T
     # float32 keeps 2^-24 of a number near S, and G is about 1e-5 S: the difference itself would
     # have 2^-24 / 1e-5, six thousandths, of G left to chance.
     error = relative_error(core_matrix(*small, c, S), turned - torch.diag(S64))

@@ -143,7 +143,7 @@ class RankAllocator:
             self.mean, self.spread = {}, {}
         else:
             self._observe(adapters)
-            if step > self.method.tinit and step % self.method.deltaT == 0:
+            if step % self.method.deltaT == 0:
                 self._choose(adapters, budget)
                 self._apply(adapters)
         return budget
