@@ -11,7 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from types import NoneType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, get_args, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    NamedTuple,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +142,8 @@ class Method:
                         hints[field.name])  # fmt: skip
         dispatch.check(self.impl)
         for option in ("r", "target_r"):
-            rank = getattr(self, option, 1)
-            if rank < 1:
+            rank = getattr(self, option, None)
+            if rank is not None and rank < 1:
                 raise ValueError(f"{option} must be at least 1, got {rank}")
         dropout = getattr(self, "dropout", 0.0)
         if not 0.0 <= dropout < 1.0:
@@ -252,6 +261,7 @@ class LowRank(Method):
 Made = TypeVar("Made", bound=type[Method])
 
 
+@dataclass_transform(kw_only_default=True, frozen_default=True)
 def method(name: str) -> Callable[[Made], Made]:
     """Class decorator: a frozen keyword-only dataclass, entered in the registry under ``name``."""
 
