@@ -1,5 +1,7 @@
 """Parameter-efficient fine-tuning as decompositions of one frozen weight (arXiv 2407.05417)."""
 
+import typing
+
 from decomp_kernels.constraints import mpc_loss
 from decomp_kernels.factors import Factors
 from decomp_kernels.interop.description import AdapterFileError
@@ -23,4 +25,9 @@ from decomp_kernels.ops.decomposed_linear import decomposed_linear
 
 __version__ = "0.1.0"
 
-globals().update({cls.__name__: cls for cls in METHODS.values()})
+if typing.TYPE_CHECKING:
+
+    def __getattr__(name: str) -> typing.Any:
+        """The method classes: the registry has them, and type checkers cannot read it."""
+else:
+    globals().update({cls.__name__: cls for cls in METHODS.values()})
