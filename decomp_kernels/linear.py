@@ -223,7 +223,7 @@ class DecomposedLinear(Decomposed, nn.Linear):  # type: ignore[misc]
 def put_on(module: Any, cls: type[Decomposed]) -> None:
     """Make ``module`` an instance of ``cls`` with no adapter yet."""
     module.__class__ = cls
-    module.adapters = nn.ModuleDict()
+    module.adapters = nn.ModuleDict().train(module.training)
     module.active_adapter = module.merged_adapter = module.kept_base = None
     module.disabled = False
 

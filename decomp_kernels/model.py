@@ -251,11 +251,13 @@ def initialize(model: nn.Module) -> nn.Module:
             matrix = next((p for p in old.parameters() if p.dim() == 2), None)
             dtype = None if matrix is None else matrix.dtype
             fresh = layer.make_adapter(old.method, name, dtype, shared.get(repr(old.method)))
-            fresh.train(old.training).requires_grad_(adapter_name == layer.active_adapter)
+            fresh.train(old.training)
             made.append((layer, adapter_name, fresh))
     for layer, adapter_name, fresh in made:
         layer.adapters[adapter_name] = fresh
-        if layer.active_adapter is not None:
+        if layer.active_adapter is None:
+            layer.adapters.requires_grad_(False)
+        else:
             layer.set_adapter(layer.active_adapter)
     return model
 

@@ -15,6 +15,7 @@ from decomp_kernels.factors import ACTIVATIONS, SingularDiagonal, WeightMap
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
 from decomp_kernels.ops.map_ops import MAP_OPS
+from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import decomposed_linear as reference
 from decomp_kernels.reference.decomposed_linear import Gradients
 from decomp_kernels.reference.dropout import threshold
@@ -175,11 +176,12 @@ class _DecomposedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         options: _Options = ctx.options
-        x, weight, bias, down, up, core, in_scale, out_scale, seed, t, z, y = ctx.saved_tensors[:12]
-        mapped = ctx.saved_tensors[12:]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks each tensor a single time
+        x, weight, bias, down, up, core, in_scale, out_scale, seed, t, z, y = saved[:12]
+        mapped = saved[12:]
         need: Any = Gradients(*ctx.needs_input_grad[1:10])
         need_map = any(ctx.needs_input_grad[11:])
         compute = options.compute

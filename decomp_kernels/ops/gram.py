@@ -85,7 +85,8 @@ class _GramPenalty(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_loss):
-        matrices, residuals = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+        saved = ctx.saved_tensors  # once: checkpointing unpacks each tensor a single time
+        matrices, residuals = saved[: ctx.count], saved[ctx.count :]
         downs, ups = matrices[: ctx.down_count], matrices[ctx.down_count :]
         stacked = bwd(d_loss, downs, ups, residuals, ctx.squared, ctx.scale, ctx.impl)
         positions = [*groups(downs), *([i + ctx.down_count for i in g] for g in groups(ups))]
