@@ -1,0 +1,40 @@
+"""Which tile a Triton kernel runs with: the first entry of configs/<kernel>.json that fits.
+
+An entry fits where its ``arch`` is the device's ("any" fits all) and every limit in its ``when``
+({"M_max": 16, "r_max": 32}) holds.  ``measured`` says on what it was measured, false if on nothing.
+"""
+
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+
+
+def configuration(kernel: str, device: torch.device, **sizes: int) -> dict[str, Any]:
+    """Tile sizes and launch options of ``kernel`` for these sizes on this device."""
+    arch = _architecture(device)
+    for entry in entries(kernel):
+        limits = entry["when"].items()
+        if entry["arch"] in (arch, "any") and all(
+            sizes[limit.removesuffix("_max")] <= most for limit, most in limits
+        ):
+            return entry["config"]
+    raise LookupError(f"configs/{kernel}.json has no entry for any size; its last must have none")
+
+
+@cache
+def entries(kernel: str) -> list[dict[str, Any]]:
+    path = files("decomp_kernels.kernels").joinpath(f"configs/{kernel}.json")
+    return json.loads(path.read_text())["entries"]
+
+
+@cache
+def _architecture(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "any"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,129 @@
+"""The decomposed linear in passes (maths: reference/decomposed_linear.py).
+
+The base GEMM is the library's; Triton does what is bound by memory: the down projection, with
+dropout and in_scale in registers; one pass over dY for dH, dB, dbias and d_out_scale; one pass over
+x for dA.  Each large tensor is read once, where library calls read it once for each result.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from decomp_kernels.kernels import columns, gemm, mask
+from decomp_kernels.kernels.triton.column_walk import column_walk
+from decomp_kernels.kernels.triton.down_projection import down_projection
+from decomp_kernels.reference.decomposed_linear import (
+    Gradients,
+    activate,
+    activation_derivative,
+)
+from decomp_kernels.reference.dropout import kept_fraction
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    core: Tensor | None,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    addend: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """y [M, N], t [M, r] in down's dtype, z [M, N]: y before out_scale and bias."""
+    x = x.contiguous()
+    start = None if bias is None or out_scale is not None else bias.to(x.dtype)
+    t = None
+    if addend is not None:
+        start = addend.clone() if start is None else addend + start
+    if down is not None and up is not None:
+        t = down_projection(x, down, in_scale, seed, dropout)
+        v = activate(t, activation)
+        v = v * scale if core is None else (v * (core.float() * scale)).to(v.dtype)
+        start = gemm.expand(v, up.T, start, x.dtype)
+    X = x if in_scale is None else columns.scale_columns(x, in_scale)
+    if start is None or start.dim() == 1:
+        z = F.linear(X, weight, start)
+    else:
+        z = gemm.accumulate(start, X, weight.T)
+    y = z if out_scale is None else columns.scale_columns(z, out_scale, bias)
+    return y, t, z
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    core: Tensor | None,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    t: Tensor | None,
+    z: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+    activation: str,
+    needs: Gradients | tuple[bool, ...],
+) -> Gradients:
+    need: Any = Gradients(*needs)
+    dy = dy.contiguous()
+    need_dX = bool(need.x or need.in_scale)
+    need_g = out_scale is not None and (need_dX or need.weight or need.addend)
+    g = columns.scale_columns(dy, out_scale) if need_g and out_scale is not None else dy
+
+    phi = right = left = None
+    if down is not None and up is not None:
+        phi = None if t is None else activate(t, activation).float()
+        if need_dX or need.down or need.core:
+            right = up if out_scale is None else (up * out_scale[:, None]).to(up.dtype)
+        if need.up and phi is not None:
+            left = (phi if core is None else phi * core.float()).mul(scale).to(up.dtype)
+    u = d_up = d_bias = d_out = None
+    if right is not None or left is not None or need.bias or need.out_scale:
+        u, d_up, d_bias, d_out = column_walk(
+            dy, right=right, left=left, other=z if need.out_scale else None,
+            column_sum=bool(need.bias),
+        )  # fmt: skip
+    if d_up is not None:
+        d_up = (d_up if out_scale is None else d_up * out_scale).T
+
+    d_X = d_down = d_core = None
+    if u is not None and down is not None:
+        u = u * scale
+        d_core = (u * phi).sum(0) if need.core and phi is not None else None
+        dt = u if core is None else u * core.float()
+        if activation != "identity" and t is not None:
+            dt = dt * activation_derivative(t.float(), activation)
+        dropping = dropout > 0.0 and seed is not None
+        dt = (dt * (1.0 / kept_fraction(dropout) if dropping else 1.0)).to(down.dtype)
+        if need.down and x is not None:
+            d_down = column_walk(x.contiguous(), left=dt, seed=seed, dropout=dropout)[1]
+            d_down = d_down if in_scale is None or d_down is None else d_down * in_scale
+        if need_dX:
+            d_X = gemm.expand(dt, down, None, dy.dtype)
+            if dropping and seed is not None:
+                for rows in gemm.row_blocks(d_X.shape[0], d_X.shape[1], mask.BLOCK_ELEMENTS):
+                    kept = mask.keep(seed, rows, d_X.shape[1], dropout)
+                    mask.apply(d_X[rows], kept, out=d_X[rows])
+    if need_dX:
+        d_X = g @ weight if d_X is None else gemm.accumulate(d_X, g, weight)
+    d_x, d_in = d_X, None
+    if in_scale is not None and d_X is not None:
+        d_x, d_in, _ = columns.scale_columns_backward(
+            d_X, x, in_scale, scaled=bool(need.x), summed=bool(need.in_scale), shift=False
+        )
+    d_weight = None
+    if need.weight and x is not None:
+        d_weight = g.T @ (x if in_scale is None else columns.scale_columns(x, in_scale))
+    d_addend = g if need.addend else None
+    return Gradients(d_x, d_weight, d_bias, d_down, d_up, d_core, d_in, d_out, d_addend)

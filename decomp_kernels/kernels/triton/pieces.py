@@ -1,0 +1,93 @@
+"""Small device functions that the Triton kernels share: the dropout mask, phi, split products.
+
+Formulas: reference/dropout.py (mask), reference/decomposed_linear.py (phi and its derivative).
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter multiplies the bit patterns of bf16 operands.  Widening them first gives what the
+# matrix units give: products of bf16 are exact in float32.
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def keep_mask(seed, rows, cols, K, threshold, ALIGNED: tl.constexpr):
+    """bool [BM, BK]: which elements of x[rows, cols] stay.  rows int64 [BM], cols [BK], in order.
+
+    ALIGNED: K and the first column are multiples of 4, so that four neighbours share one word.
+    """
+    BM: tl.constexpr = rows.shape[0]
+    BK: tl.constexpr = cols.shape[0]
+    start = seed.to(tl.uint64, bitcast=True)
+    if ALIGNED:
+        first = (rows[:, None] * K + tl.min(cols, 0)) // 4
+        index = first + tl.arange(0, BK // 4)[None, :]
+        word = _mix64(start + (index + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+        shifts = (16 * tl.arange(0, 4)).to(tl.uint64)
+        lane = tl.reshape((word[:, :, None] >> shifts[None, None, :]) & 0xFFFF, (BM, BK))
+    else:
+        index = rows[:, None] * K + cols[None, :]
+        word = _mix64(start + (index // 4 + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
+        lane = (word >> (16 * (index % 4)).to(tl.uint64)) & 0xFFFF
+    return lane.to(tl.int32) >= threshold
+
+
+@triton.jit
+def _mix64(z):
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b in float32; a and b may differ in dtype, one float32 and the other narrow.
+
+    Beside bf16 the float32 operand is taken as three bf16 parts, high first: they hold its 24 bits,
+    and products of parts are exact in the accumulator.  Beside fp16, whose parts would leave its
+    range, the narrow operand is widened in registers.  float32 is never multiplied as tf32.
+    """
+    if a.dtype == b.dtype:
+        acc = _dot(a, b, acc)
+    elif a.dtype == tl.bfloat16:
+        high, middle, low = _three_parts(b)
+        acc = _dot(a, low, _dot(a, middle, _dot(a, high, acc)))
+    elif b.dtype == tl.bfloat16:
+        high, middle, low = _three_parts(a)
+        acc = _dot(low, b, _dot(middle, b, _dot(high, b, acc)))
+    else:
+        acc = _dot(a.to(tl.float32), b.to(tl.float32), acc)
+    return acc
+
+
+@triton.jit
+def _dot(a, b, acc):
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _three_parts(wide):
+    high = wide.to(tl.bfloat16)
+    rest = wide - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    return high, middle, low
+
+
+@triton.jit
+def activate(t, ACTIVATION: tl.constexpr):
+    """phi(t), t float32."""
+    if ACTIVATION == "relu":
+        return tl.maximum(t, 0.0)
+    elif ACTIVATION == "silu":
+        return t * tl.sigmoid(t)
+    elif ACTIVATION == "gelu":
+        return 0.5 * t * (1.0 + tl.erf(t * 0.7071067811865476))
+    elif ACTIVATION == "tanh":
+        return 2.0 * tl.sigmoid(2.0 * t) - 1.0
+    else:
+        return t
