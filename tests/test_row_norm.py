@@ -116,3 +116,14 @@ def test_bad_shapes_say_what_is_wrong():
         row_norm(weight, down, up[:, :2])
     with pytest.raises(ValueError, match="must be matrices"):
         row_norm(weight[0], down, up)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_does_not_lower_the_precision(impl):
+    weight, down, up = make("fp32")
+    plainly = row_norm(weight, down, up, 0.7, impl=impl)
+    plainly = (plainly, *torch.autograd.grad(plainly.sum(), (down, up)))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = row_norm(weight, down, up, 0.7, impl=impl)
+        inside = (inside, *torch.autograd.grad(inside.sum(), (down, up)))
+    assert all(torch.equal(one, other) for one, other in zip(plainly, inside, strict=True))

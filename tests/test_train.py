@@ -230,6 +230,17 @@ def test_recall_is_a_rank_in_float64(models):
         assert found[f"recall@{k}"] == pytest.approx(hits / len(held_out))
 
 
+def test_every_method_trains_saves_and_comes_back(command, tmp_path):
+    """The whole registry in one job: the checks hold for each, or the exit code is 1."""
+    assert main(command("--method", ",".join(dk.methods()), "--lr", "0.01", steps=3)) == 0
+    found = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert [method["label"] for method in found["methods"]] == list(dk.methods())
+    for method in found["methods"]:
+        assert method["trainable"] > 0, method["label"]
+        assert method["agreement"]["moved"] > 0, method["label"]
+        assert method["agreement"]["reloaded"] == 0.0, method["label"]
+
+
 # Interrupted and resumed
 
 

@@ -5,13 +5,17 @@ LoRA-Dash   one choice of directions, after a fifth of the steps
 --mpc       the paper's pattern constraint in the loss, for every method with A and B
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from decomp_kernels.cli.compare import method_of
 from decomp_kernels.cli.errors import BadInput, one_line
 from decomp_kernels.constraints import mpc_loss
-from decomp_kernels.methods import lora_dash
+from decomp_kernels.methods import diff_pruning, lora_dash
 from decomp_kernels.methods.adalora import AdaLoRA, RankAllocator
-from decomp_kernels.methods.base import Method
+
+L0_WEIGHT = 1.25e-7  # per weight, of arXiv:2012.07463's experiments
 
 
 class Companion:
@@ -31,6 +35,9 @@ class Companion:
     def after(self, step: int) -> None:
         """Called with ``step`` optimizer steps taken, before the gradients are dropped."""
 
+    def finish(self) -> None:
+        """Called once, after the last step and before the model is measured and saved."""
+
     def state(self) -> dict[str, Tensor]:
         return {}
 
@@ -40,9 +47,8 @@ class Companion:
 
 
 class Ranks(Companion):
-    def __init__(
-        self, method: AdaLoRA, steps: int, model: nn.Module, mpc: str | None, coef: float
-    ) -> None:
+    def __init__(self, model: nn.Module, mpc: str | None, coef: float, steps: int) -> None:
+        method: Any = method_of(model)
         self.weight = method.orth_reg_weight
         super().__init__(model, mpc, coef)
         try:
@@ -51,13 +57,9 @@ class Ranks(Companion):
             raise BadInput(f"method adalora: {one_line(error)}") from None
 
     def loss(self) -> Tensor | None:
-        own = None
-        if self.weight:
-            own = mpc_loss(
-                self.model, "o", self.weight, squared=False, reduction="mean_over_matrices"
-            )
+        own = mpc_loss(self.model, "o", self.weight, squared=False, reduction="mean_over_matrices")
         asked = super().loss()
-        return own if asked is None else asked if own is None else own + asked
+        return own if asked is None else own + asked
 
     def after(self, step: int) -> None:
         self.allocator.step(self.model, step)
@@ -70,7 +72,7 @@ class Ranks(Companion):
 
 
 class Directions(Companion):
-    def __init__(self, steps: int, model: nn.Module, mpc: str | None, coef: float) -> None:
+    def __init__(self, model: nn.Module, mpc: str | None, coef: float, steps: int) -> None:
         super().__init__(model, mpc, coef)
         self.at = max(1, steps // 5)
 
@@ -79,11 +81,21 @@ class Directions(Companion):
             lora_dash.select_directions(self.model)
 
 
-def companion(
-    method: Method, steps: int, model: nn.Module, mpc: str | None, coef: float
-) -> Companion:
+class Masks(Companion):
+    def loss(self) -> Tensor | None:
+        return L0_WEIGHT * diff_pruning.l0_penalty(self.model)
+
+    def finish(self) -> None:
+        diff_pruning.fix_masks(self.model)
+
+
+def companion(model: nn.Module, mpc: str | None, coef: float, steps: int) -> Companion:
+    """The companion of the method that ``model`` is adapted with, for so many steps."""
+    method = method_of(model)
     if isinstance(method, AdaLoRA):
-        return Ranks(method, steps, model, mpc, coef)
+        return Ranks(model, mpc, coef, steps)
     if isinstance(method, lora_dash.LoRADash):
-        return Directions(steps, model, mpc, coef)
+        return Directions(model, mpc, coef, steps)
+    if isinstance(method, diff_pruning.DiffPruning):
+        return Masks(model, mpc, coef)
     return Companion(model, mpc, coef)

@@ -19,8 +19,9 @@ def draw(headline: str, task: Task, frozen: dict[str, float], trained: "list[Tra
     need("matplotlib", "train").use("Agg")
     from matplotlib import pyplot as plt
 
+    height = max(4.6, 1.2 + 0.42 * len(trained) * len(task.metrics))
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 4.6), width_ratios=(3, 2), layout="constrained"
+        1, 2, figsize=(11, height), width_ratios=(3, 2), layout="constrained"
     )
     figure.suptitle(headline, fontsize=10)
     _losses(left, trained)
@@ -42,13 +43,17 @@ def _losses(axes: Any, trained: "list[Trained]") -> None:
         around = [losses[max(0, step - SMOOTH // 2 - 1) : step + SMOOTH // 2] for step in steps]
         means = [sum(window) / len(window) for window in around]
         axes.plot(
-            steps, means, color=colour, linewidth=2, label=f"{result.label}, lr {result.lr:g}"
-        )
+            steps, means, color=colour, linewidth=2, label=f"{result.label}, lr {result.lr:g}",
+            linestyle=("solid", "dashed", "dotted", "dashdot")[number // len(COLOURS) % 4],
+        )  # fmt: skip
     axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel(f"training loss (bold: mean over {SMOOTH + 1} steps)")
     axes.set_title("Loss", loc="left")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(
+        frameon=False, ncols=1 + len(trained) // 12, fontsize=10 if len(trained) < 12 else 7
+    )
 
 
 def _gains(axes: Any, task: Task, frozen: dict[str, float], trained: "list[Trained]") -> None:
@@ -74,6 +79,6 @@ def _gains(axes: Any, task: Task, frozen: dict[str, float], trained: "list[Train
     axes.axvline(0, color="#777777", linewidth=1)
     axes.margins(x=0.15)
     axes.set_ylim(min(ticks) - 0.6, 0.9)
-    axes.set_xlabel("gain over the frozen model (95 % bootstrap interval)")
+    axes.set_xlabel("gain over the frozen model, 95 % interval")
     axes.set_title("Held-out rows", loc="left")
     axes.grid(axis="x", alpha=0.25)

@@ -18,7 +18,7 @@ from decomp_kernels.cli.loop import History
 from decomp_kernels.cli.options import TrainOptions
 from decomp_kernels.cli.picture import draw
 from decomp_kernels.cli.tasks import Scores, Task
-from decomp_kernels.cli.text import aligned
+from decomp_kernels.cli.text import aligned, counted
 
 FORMAT = "decomp_kernels.train/1"
 MIB = 2**20
@@ -56,7 +56,8 @@ def write_all(
     machine, versions = record.machine(), record.versions()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else machine["cpu"]
     headline = (
-        f"{model} on {data.name}; {where}, {machine['threads']} threads, torch {versions['torch']}"
+        f"{model} on {data.name}; {where}, {counted(machine['threads'], 'thread')}, "
+        f"torch {versions['torch']}"
     )
     print(f"\n{headline}\n\n{aligned(rows, numbers=True)}\n")
     for note in notes:

@@ -26,6 +26,7 @@ from decomp_kernels.cli.options import MethodChoice, TrainOptions
 from decomp_kernels.cli.report import Trained, write_all
 from decomp_kernels.cli.retrieval import Retrieval
 from decomp_kernels.cli.tasks import Scores, Task, gain_interval
+from decomp_kernels.cli.text import counted
 
 BUILT_IN_STEPS = 80
 
@@ -88,13 +89,16 @@ def _one(job: Job, choice: MethodChoice, output: Path) -> tuple[nn.Module, Train
     model = _adapt(twin(job.base), choice, options)
     models.training_mode(model, options.base_dropout)
     lr = options.learning_rate(choice)
+    helper = companion(model, options.mpc, options.mpc_coef, job.steps)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     history = loop.train(
-        model, job.task, companion(method, job.steps, model, options.mpc, options.mpc_coef),
+        model, job.task, helper,
         label=choice.label, steps=job.steps, batch_size=options.batch_size, lr=lr,
         weight_decay=options.weight_decay, seed=options.seed,
         checkpoint_path=output / "checkpoints" / f"{choice.label}.safetensors",
         checkpoint_every=options.checkpoint_every, resume=options.resume,
     )  # fmt: skip
+    helper.finish()
     after = job.task.evaluate(model.eval(), options.batch_size)
     saved = output / "adapters" / choice.label
     dk.save_adapter(model, saved)
@@ -104,7 +108,6 @@ def _one(job: Job, choice: MethodChoice, output: Path) -> tuple[nn.Module, Train
         name: gain_interval(job.before[name], scores, job.task.higher_is_better, seed=0)
         for name, scores in after.items()
     }
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model, Trained(
         choice.label, asdict(method) | {"name": method.name}, lr, trainable, history,
         {name: scores.metric for name, scores in after.items()}, gains, agreement,
@@ -187,9 +190,9 @@ def _announce(
     labels = ", ".join(choice.label for choice in options.method)
     print(
         f"model   {pretrained.name}, {size:.1f} M parameters, {options.dtype}\n"
-        f"data    {data.name}: {len(data.train):,} rows, and {len(data.held_out):,} held out\n"
+        f"data    {data.name}: {counted(len(data.train), 'row')} and {len(data.held_out):,} held out\n"
         f"task    {pretrained.task}\n"
-        f"train   {labels}: {steps} steps of {options.batch_size} rows each\n"
+        f"train   {labels}: {counted(steps, 'step')} of {options.batch_size} rows each\n"
         f"on      {device}, {threads} thread{'s' * (threads != 1)}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
         flush=True,

@@ -22,6 +22,7 @@ from decomp_kernels.factors import Factors
 from decomp_kernels.kernels import gemm
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.methods.parallel_adapter import check_curved
+from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference.decomposed_linear import activate, activation_derivative
 
 
@@ -89,7 +90,7 @@ class _Bottleneck(torch.autograd.Function):
         return gemm.expand(v, wide_up.T, z, z.dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         z, t, down, up = ctx.saved_tensors
         need_z, need_down, need_down_bias, need_up, need_up_bias = ctx.needs_input_grad[:5]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from decomp_kernels.kernels import gemm, mask
+from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference.dropout import kept_fraction, threshold
 
 torch.library.define(
@@ -38,7 +39,7 @@ class _CounterDropout(torch.autograd.Function):
         return torch.ops.decomp_kernels.counter_dropout.default(x, seed, dropout)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, dy):
         (seed,) = ctx.saved_tensors
         return torch.ops.decomp_kernels.counter_dropout.default(dy, seed, ctx.dropout), None, None

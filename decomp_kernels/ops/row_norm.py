@@ -8,6 +8,7 @@ from torch import Tensor
 
 from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import row_norm as aten
+from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import row_norm as reference
 
 torch.library.define("decomp_kernels::squared_rows", "(Tensor weight) -> Tensor")
@@ -29,15 +30,17 @@ def _squared_rows(weight):
 
 @torch.library.impl("decomp_kernels::row_norm_fwd", "CompositeExplicitAutograd")
 def _fwd(weight, weight_sq, down, up, scale, impl):
-    if dispatch.choose(weight, impl) == "reference":
-        return reference.forward(weight, down, up, scale)
-    return aten.forward(weight, weight_sq, down, up, scale)
+    with torch.autocast(weight.device.type, enabled=False):  # else float32 products are bf16
+        if dispatch.choose(weight, impl) == "reference":
+            return reference.forward(weight, down, up, scale)
+        return aten.forward(weight, weight_sq, down, up, scale)
 
 
 @torch.library.impl("decomp_kernels::row_norm_bwd", "CompositeExplicitAutograd")
 def _bwd(d_norm, norm, weight, down, up, scale, impl):
     chosen = reference if dispatch.choose(weight, impl) == "reference" else aten
-    d_down, d_up = chosen.backward(d_norm, norm, weight, down, up, scale)
+    with torch.autocast(weight.device.type, enabled=False):
+        d_down, d_up = chosen.backward(d_norm, norm, weight, down, up, scale)
     return d_down.to(down.dtype).contiguous(), d_up.to(up.dtype).contiguous()
 
 
@@ -71,7 +74,7 @@ class _RowNorm(torch.autograd.Function):
         return norm
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx, d_norm):
         d_down, d_up = bwd(d_norm, *ctx.saved_tensors, ctx.scale, ctx.impl)
         return None, None, d_down, d_up, None, None
