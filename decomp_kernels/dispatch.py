@@ -1,26 +1,75 @@
 """Which implementation runs.  The only file that asks what machine this is."""
 
 import os
+from collections.abc import Container
+from functools import cache
+from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
-IMPLS = ("auto", "reference", "aten")
+IMPLS = ("auto", "reference", "aten", "triton:passes")
+EVERYWHERE = ("reference", "aten")  # what every operator has
 VARIABLE = "DECOMP_KERNELS_IMPL"
+INTERPRET = "TRITON_INTERPRET"
 
 
-def choose(x: Tensor, impl: str = "auto") -> str:
+def choose(x: Tensor, impl: str = "auto", has: Container[str] = EVERYWHERE) -> str:
     """The implementation for an operator on ``x``: ``impl`` itself, or what ``auto`` stands for.
 
     ``auto`` takes the environment variable DECOMP_KERNELS_IMPL where it is set, and else the
-    composition of library calls, which runs on every device.  A named one is never replaced.
+    composition of library calls, which runs on every device.  It never takes Triton by itself:
+    nobody has measured where that is faster.  has: the implementations of this operator.  A named
+    one is never replaced: RuntimeError where it cannot run on ``x`` or the operator has none.
     """
     check(impl)
     if impl == "auto":
         impl = os.environ.get(VARIABLE, "auto")
         check(impl, f"the environment variable {VARIABLE}")
-    return "aten" if impl == "auto" else impl
+    if impl == "auto":
+        return "aten"
+    why = why_not(x, impl) if impl in has else "this operator has no such implementation yet"
+    if why:
+        raise RuntimeError(f"impl={impl!r} cannot run: {why}; use impl='aten' or impl='auto'")
+    return impl
 
 
 def check(impl: str, where: str = "impl") -> None:
     if impl not in IMPLS:
         raise ValueError(f"{where} must be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+def why_not(x: Tensor, impl: str) -> str | None:
+    """Why ``impl`` cannot run on ``x``; None where it can."""
+    if impl in EVERYWHERE:
+        return None
+    if not _triton_installed():
+        return "triton is not installed"
+    if x.dtype == torch.float64:
+        return "its kernels take float32, bfloat16 and float16, and x is float64"
+    if x.device.type == "cpu" and os.environ.get(INTERPRET) != "1":
+        return (
+            f"x is on the CPU, where Triton runs only as an interpreter (set {INTERPRET}=1 before "
+            "the first import of triton)"
+        )
+    if x.device.type not in ("cpu", "cuda"):
+        return f"its kernels run on CUDA and ROCm devices, and x is on {x.device}"
+    return None
+
+
+def architecture(device: torch.device) -> str:
+    """Of a GPU, as compilers name it: "sm_90", "gfx942"; "any" of everything else."""
+    return _gpu_architecture(device) if device.type == "cuda" else "any"
+
+
+@cache
+def _gpu_architecture(device: torch.device) -> str:
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None

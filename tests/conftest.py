@@ -10,6 +10,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # before triton: its kernels run on CPU tensors, slowly
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Deadlines measure the machine, not the code.  The same examples each time, so that a failure in CI
 # is a failure everywhere; `make check-all` looks further, with new examples each time.

@@ -46,11 +46,19 @@ def gather() -> dict[str, Any]:
         "machine": machine,
         "implementations": {
             "available": list(dispatch.IMPLS),
-            "auto": dispatch.choose(torch.empty(0)),
+            "auto": _auto(),
             dispatch.VARIABLE: os.environ.get(dispatch.VARIABLE),
         },
         "methods": len(dk.methods()),
     }
+
+
+def _auto() -> str:
+    """What ``auto`` runs on the CPU, or why it cannot."""
+    try:
+        return dispatch.choose(torch.empty(0), has=dispatch.IMPLS)
+    except RuntimeError as error:
+        return f"nothing ({error})"
 
 
 def text(found: dict[str, Any]) -> str:

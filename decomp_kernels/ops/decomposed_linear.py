@@ -117,7 +117,15 @@ def _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs):
 
 
 def _implementation(x: Tensor, impl: str):
-    return reference if dispatch.choose(x, impl) == "reference" else aten
+    match dispatch.choose(x, impl, has=dispatch.IMPLS):
+        case "reference":
+            return reference
+        case "triton:passes":
+            from decomp_kernels.kernels.triton import decomposed_linear as triton
+
+            return triton
+        case _:
+            return aten
 
 
 def _absent(like: Tensor) -> Tensor:

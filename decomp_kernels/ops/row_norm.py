@@ -30,15 +30,16 @@ def _squared_rows(weight):
 
 @torch.library.impl("decomp_kernels::row_norm_fwd", "CompositeExplicitAutograd")
 def _fwd(weight, weight_sq, down, up, scale, impl):
+    chosen = _implementation(weight, impl)
     with torch.autocast(weight.device.type, enabled=False):  # else float32 products are bf16
-        if dispatch.choose(weight, impl) == "reference":
+        if chosen is reference:
             return reference.forward(weight, down, up, scale)
-        return aten.forward(weight, weight_sq, down, up, scale)
+        return chosen.forward(weight, weight_sq, down, up, scale)
 
 
 @torch.library.impl("decomp_kernels::row_norm_bwd", "CompositeExplicitAutograd")
 def _bwd(d_norm, norm, weight, down, up, scale, impl):
-    chosen = reference if dispatch.choose(weight, impl) == "reference" else aten
+    chosen = _implementation(weight, impl)
     with torch.autocast(weight.device.type, enabled=False):
         d_down, d_up = chosen.backward(d_norm, norm, weight, down, up, scale)
     return d_down.to(down.dtype).contiguous(), d_up.to(up.dtype).contiguous()
@@ -58,6 +59,18 @@ def _fwd_fake(weight, weight_sq, down, up, scale, impl):
 @torch.library.register_fake("decomp_kernels::row_norm_bwd")
 def _bwd_fake(d_norm, norm, weight, down, up, scale, impl):
     return down.new_empty(down.shape), up.new_empty(up.shape)
+
+
+def _implementation(weight: Tensor, impl: str):
+    match dispatch.choose(weight, impl, has=dispatch.IMPLS):
+        case "reference":
+            return reference
+        case "triton:passes":
+            from decomp_kernels.kernels.triton import row_norm as triton
+
+            return triton
+        case _:
+            return aten
 
 
 squared_rows = torch.ops.decomp_kernels.squared_rows.default

@@ -9,9 +9,13 @@ Over dY this gives dH, dB, dbias and d_out_scale; over x, with the dropout mask 
 in registers, it gives dA (reference/decomposed_linear.py).
 
 One program owns BLOCK_N columns, BLOCK_R of the rank and a share of the rows.  c, s and p stay in
-registers over the share; u leaves as one partial for each strip of columns.  Partials are added in
-a fixed order: no atomics, so the same inputs give the same bits.
+registers over the share; u leaves as one partial for each strip of columns, which is the cheaper
+way while the rank is small (``partials_are_cheap``).  Partials are added in a fixed order: no
+atomics, so the same inputs give the same bits.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +24,7 @@ from torch import Tensor
 
 from decomp_kernels.kernels.triton.configurations import configuration
 from decomp_kernels.kernels.triton.pieces import dot, keep_mask
+from decomp_kernels.kernels.triton.specimens import DTYPES, Specimen, launch_options, tiles
 from decomp_kernels.reference.dropout import threshold
 
 
@@ -32,8 +37,10 @@ def _kernel(
     HAS_DROPOUT: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    strip, share, rank_block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    cols = strip * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rank blocks of one strip are neighbours: ``big`` comes from the level-2 cache after the first.
+    rank_block, strip, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first_col = strip * BLOCK_N
+    cols = first_col + tl.arange(0, BLOCK_N)
     ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
     in_cols, in_ranks = cols < N, ranks < R
     c = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
@@ -53,7 +60,7 @@ def _kernel(
         inside = in_rows[:, None] & in_cols[None, :]
         big = tl.load(big_ptr + tile, mask=inside, other=0.0)
         if HAS_DROPOUT:
-            kept = keep_mask(seed, rows, cols, N, drop_threshold, ALIGNED)
+            kept = keep_mask(seed, rows, first_col, N, drop_threshold, BLOCK_N, ALIGNED)
             big = tl.where(kept, big, 0.0).to(big.dtype)
         if HAS_C:
             left = tl.load(
@@ -64,7 +71,7 @@ def _kernel(
         if HAS_U:
             u = dot(big, right, tl.zeros((BLOCK_M, BLOCK_R), tl.float32))
             tl.store(
-                u_ptr + (strip * M.to(tl.int64) + rows[:, None]) * R + ranks[None, :], u,
+                u_ptr + (strip.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :], u,
                 mask=in_rows[:, None] & in_ranks[None, :],
             )  # fmt: skip
         if HAS_S:
@@ -118,7 +125,7 @@ def column_walk(
     p = partial(other is not None, shares, N)
     dropping = seed is not None and dropout > 0.0
     if M and N:
-        _kernel[(strips, shares, rank_blocks)](
+        _kernel[(rank_blocks, strips, shares)](
             big.contiguous(),
             None if right is None else right.contiguous(),
             None if left is None else left.contiguous(),
@@ -126,8 +133,33 @@ def column_walk(
             seed if dropping else None, u, c, s, p, M, N, R, m_share, threshold(dropout),
             HAS_U=u is not None, HAS_C=c is not None, HAS_S=s is not None, HAS_P=p is not None,
             HAS_DROPOUT=dropping, ALIGNED=N % 4 == 0,
-            BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=block_r,
-            num_warps=config["num_warps"], num_stages=config["num_stages"],
+            **tiles(config), **launch_options(config),
         )  # fmt: skip
     u, c, s, p = (None if part is None else part.sum(0) for part in (u, c, s, p))
     return u, c, s, p
+
+
+def partials_are_cheap(big: Tensor, r: int) -> bool:
+    """Whether u's partials, written and read once, are fewer bytes than another read of ``big``."""
+    block_n = configuration("column_walk", big.device, M=big.shape[0], r=r)["BLOCK_N"]
+    return 2 * 4 * r <= block_n * big.element_size()
+
+
+def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
+    over_dy = {"HAS_U": True, "HAS_C": True, "HAS_S": True, "HAS_P": True, "HAS_DROPOUT": False}
+    over_x = {"HAS_U": False, "HAS_C": True, "HAS_S": False, "HAS_P": False, "HAS_DROPOUT": True}
+    for dtypes, (wide, adapter) in DTYPES.items():
+        for name, has in (("dy", over_dy), ("x dropout", over_x)):
+            pointers = {
+                "right_ptr": adapter if has["HAS_U"] else None, "left_ptr": adapter,
+                "other_ptr": wide if has["HAS_P"] else None,
+                "seed_ptr": "i64" if has["HAS_DROPOUT"] else None,
+                "u_ptr": "fp32" if has["HAS_U"] else None, "c_ptr": "fp32",
+                "s_ptr": "fp32" if has["HAS_S"] else None,
+                "p_ptr": "fp32" if has["HAS_P"] else None, "big_ptr": wide,
+            }  # fmt: skip
+            types = {name: f"*{dtype}" for name, dtype in pointers.items() if dtype}
+            types |= dict.fromkeys(("M", "N", "R", "m_share", "drop_threshold"), "i32")
+            constants = {name: None for name, dtype in pointers.items() if not dtype}
+            constants |= {**has, "ALIGNED": True, **tiles(config)}  # type: ignore[dict-item]
+            yield Specimen(f"{dtypes} {name}", _kernel, types, constants, launch_options(config))

@@ -2,6 +2,7 @@
 
 An entry fits where its ``arch`` is the device's ("any" fits all) and every limit in its ``when``
 ({"M_max": 16, "r_max": 32}) holds.  ``measured`` says on what it was measured, false if on nothing.
+``warpgroup``: in bf16 the products run on a whole warp group's matrix unit (sm_90, sm_100).
 """
 
 import json
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 
+from decomp_kernels import dispatch
+
 
 def configuration(kernel: str, device: torch.device, **sizes: int) -> dict[str, Any]:
     """Tile sizes and launch options of ``kernel`` for these sizes on this device."""
-    arch = _architecture(device)
+    arch = dispatch.architecture(device)
     for entry in entries(kernel):
         limits = entry["when"].items()
         if entry["arch"] in (arch, "any") and all(
@@ -28,13 +31,3 @@ def configuration(kernel: str, device: torch.device, **sizes: int) -> dict[str, 
 def entries(kernel: str) -> list[dict[str, Any]]:
     path = files("decomp_kernels.kernels").joinpath(f"configs/{kernel}.json")
     return json.loads(path.read_text())["entries"]
-
-
-@cache
-def _architecture(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "any"
-    if torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"

@@ -1,8 +1,9 @@
 """The decomposed linear in passes (maths: reference/decomposed_linear.py).
 
 The base GEMM is the library's; Triton does what is bound by memory: the down projection, with
-dropout and in_scale in registers; one pass over dY for dH, dB, dbias and d_out_scale; one pass over
-x for dA.  Each large tensor is read once, where library calls read it once for each result.
+dropout and in_scale in registers; the expansion that the base GEMM adds to, which holds the bias
+and the addend, or in backward the mask; one pass over dY for dH, dB, dbias and d_out_scale; one
+pass over x for dA.  Each large tensor is read once, where library calls read it for each result.
 """
 
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decomp_kernels.kernels import columns, gemm, mask
-from decomp_kernels.kernels.triton.column_walk import column_walk
+from decomp_kernels.kernels import columns, gemm
+from decomp_kernels.kernels.triton.column_walk import column_walk, partials_are_cheap
 from decomp_kernels.kernels.triton.down_projection import down_projection
+from decomp_kernels.kernels.triton.up_expansion import up_expansion
 from decomp_kernels.reference.decomposed_linear import (
     Gradients,
     activate,
@@ -39,15 +41,17 @@ def forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], t [M, r] in down's dtype, z [M, N]: y before out_scale and bias."""
     x = x.contiguous()
-    start = None if bias is None or out_scale is not None else bias.to(x.dtype)
+    first_bias = None if out_scale is not None else bias
     t = None
-    if addend is not None:
-        start = addend.clone() if start is None else addend + start
     if down is not None and up is not None:
         t = down_projection(x, down, in_scale, seed, dropout)
         v = activate(t, activation)
         v = v * scale if core is None else (v * (core.float() * scale)).to(v.dtype)
-        start = gemm.expand(v, up.T, start, x.dtype)
+        start: Tensor | None = up_expansion(v, up.T, x.dtype, bias=first_bias, addend=addend)
+    elif addend is not None:
+        start = addend.clone() if first_bias is None else addend + first_bias.to(x.dtype)
+    else:
+        start = None if first_bias is None else first_bias.to(x.dtype)
     X = x if in_scale is None else columns.scale_columns(x, in_scale)
     if start is None or start.dim() == 1:
         z = F.linear(X, weight, start)
@@ -89,13 +93,16 @@ def backward(
         if need.up and phi is not None:
             left = (phi if core is None else phi * core.float()).mul(scale).to(up.dtype)
     u = d_up = d_bias = d_out = None
+    if right is not None and not partials_are_cheap(dy, right.shape[1]):
+        u, right = down_projection(dy, right.T, dtype=torch.float32), None
     if right is not None or left is not None or need.bias or need.out_scale:
-        u, d_up, d_bias, d_out = column_walk(
+        walked, d_up, d_bias, d_out = column_walk(
             dy, right=right, left=left, other=z if need.out_scale else None,
             column_sum=bool(need.bias),
         )  # fmt: skip
+        u = walked if u is None else u
     if d_up is not None:
-        d_up = (d_up if out_scale is None else d_up * out_scale).T
+        d_up = (d_up if out_scale is None else d_up * out_scale).T.contiguous()
 
     d_X = d_down = d_core = None
     if u is not None and down is not None:
@@ -110,11 +117,7 @@ def backward(
             d_down = column_walk(x.contiguous(), left=dt, seed=seed, dropout=dropout)[1]
             d_down = d_down if in_scale is None or d_down is None else d_down * in_scale
         if need_dX:
-            d_X = gemm.expand(dt, down, None, dy.dtype)
-            if dropping and seed is not None:
-                for rows in gemm.row_blocks(d_X.shape[0], d_X.shape[1], mask.BLOCK_ELEMENTS):
-                    kept = mask.keep(seed, rows, d_X.shape[1], dropout)
-                    mask.apply(d_X[rows], kept, out=d_X[rows])
+            d_X = up_expansion(dt, down, dy.dtype, seed=seed, dropout=dropout)
     if need_dX:
         d_X = g @ weight if d_X is None else gemm.accumulate(d_X, g, weight)
     d_x, d_in = d_X, None

@@ -1,6 +1,6 @@
-"""Small device functions that the Triton kernels share: the dropout mask, phi, split products.
+"""Small device functions that the Triton kernels share: the dropout mask, products of any dtypes.
 
-Formulas: reference/dropout.py (mask), reference/decomposed_linear.py (phi and its derivative).
+Definition of the mask: reference/dropout.py.
 """
 
 import triton
@@ -12,22 +12,23 @@ _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
-def keep_mask(seed, rows, cols, K, threshold, ALIGNED: tl.constexpr):
-    """bool [BM, BK]: which elements of x[rows, cols] stay.  rows int64 [BM], cols [BK], in order.
+def keep_mask(seed, rows, first_col, K, threshold, BK: tl.constexpr, ALIGNED: tl.constexpr):
+    """bool [BM, BK]: which elements of x[rows, first_col : first_col + BK] stay.  rows int64 [BM].
 
-    ALIGNED: K and the first column are multiples of 4, so that four neighbours share one word.
+    ALIGNED: K is a multiple of 4, so that four neighbours share one word.  first_col must then be
+    one too: callers step by BK, which is.
     """
+    tl.static_assert(BK % 4 == 0)
     BM: tl.constexpr = rows.shape[0]
-    BK: tl.constexpr = cols.shape[0]
     start = seed.to(tl.uint64, bitcast=True)
     if ALIGNED:
-        first = (rows[:, None] * K + tl.min(cols, 0)) // 4
+        first = (rows[:, None] * K + first_col) // 4
         index = first + tl.arange(0, BK // 4)[None, :]
         word = _mix64(start + (index + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
         shifts = (16 * tl.arange(0, 4)).to(tl.uint64)
         lane = tl.reshape((word[:, :, None] >> shifts[None, None, :]) & 0xFFFF, (BM, BK))
     else:
-        index = rows[:, None] * K + cols[None, :]
+        index = rows[:, None] * K + (first_col + tl.arange(0, BK))[None, :]
         word = _mix64(start + (index // 4 + 1).to(tl.uint64) * 0x9E3779B97F4A7C15)
         lane = (word >> (16 * (index % 4)).to(tl.uint64)) & 0xFFFF
     return lane.to(tl.int32) >= threshold
@@ -62,11 +63,32 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def dot_for(a, b, acc, NARROW: tl.constexpr):
+    """acc + a @ b in float32, for a sum that is rounded to bf16 or fp16 where NARROW.
+
+    Two float32 operands are then taken as two bf16 parts each, and three of the four products
+    carry all but 2^-16 of the value; the matrix units do the work.
+    """
+    if NARROW and a.dtype == tl.float32 and b.dtype == tl.float32:
+        a_high, a_low = _two_parts(a)
+        b_high, b_low = _two_parts(b)
+        acc = _dot(a_high, b_high, _dot(a_low, b_high, _dot(a_high, b_low, acc)))
+    else:
+        acc = dot(a, b, acc)
+    return acc
+
+
+@triton.jit
 def _dot(a, b, acc):
     if _INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    else:
-        return tl.dot(a, b, acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _two_parts(wide):
+    high = wide.to(tl.bfloat16)
+    return high, (wide - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
@@ -76,18 +98,3 @@ def _three_parts(wide):
     middle = rest.to(tl.bfloat16)
     low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
     return high, middle, low
-
-
-@triton.jit
-def activate(t, ACTIVATION: tl.constexpr):
-    """phi(t), t float32."""
-    if ACTIVATION == "relu":
-        return tl.maximum(t, 0.0)
-    elif ACTIVATION == "silu":
-        return t * tl.sigmoid(t)
-    elif ACTIVATION == "gelu":
-        return 0.5 * t * (1.0 + tl.erf(t * 0.7071067811865476))
-    elif ACTIVATION == "tanh":
-        return 2.0 * tl.sigmoid(2.0 * t) - 1.0
-    else:
-        return t

@@ -7,13 +7,18 @@ The rank is walked in blocks of BLOCK_R: W is read once for each, from the level
 first.  G is rank-r work and comes from the library.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from decomp_kernels.kernels.triton.column_walk import column_walk
 from decomp_kernels.kernels.triton.configurations import configuration
 from decomp_kernels.kernels.triton.pieces import dot
+from decomp_kernels.kernels.triton.specimens import DTYPES, Specimen, launch_options, tiles
 
 
 @triton.jit
@@ -60,7 +65,30 @@ def forward(weight: Tensor, weight_sq: Tensor, down: Tensor, up: Tensor, scale: 
     config = configuration("row_norm", weight.device, M=N, r=R)
     _kernel[(triton.cdiv(N, config["BLOCK_M"]),)](
         weight, weight_sq, down, up, inner, norm, N, K, R, weight.stride(0), scale,
-        BLOCK_M=config["BLOCK_M"], BLOCK_K=config["BLOCK_K"], BLOCK_R=config["BLOCK_R"],
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+        **tiles(config), **launch_options(config),
     )  # fmt: skip
     return norm
+
+
+def backward(
+    d_norm: Tensor, norm: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(d_down, d_up), float32: one read of W gives U and the product with it."""
+    A, B = down.float(), up.float()
+    share = (d_norm / norm)[:, None]
+    left = scale * share * B
+    U, d_down, _, _ = column_walk(weight, right=down.T, left=left.to(torch.float32))
+    if U is None or d_down is None:
+        raise RuntimeError("the walk over W returned nothing")
+    d_up = scale * share * (U + scale * (B @ (A @ A.T)))
+    return d_down.add_(scale * (left.T @ B) @ A), d_up
+
+
+def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
+    for dtypes, (wide, adapter) in DTYPES.items():
+        types = {
+            "weight_ptr": f"*{wide}", "weight_sq_ptr": "*fp32", "down_ptr": f"*{adapter}",
+            "up_ptr": f"*{adapter}", "inner_ptr": "*fp32", "norm_ptr": "*fp32",
+            "N": "i32", "K": "i32", "R": "i32", "stride_weight": "i32", "scale": "fp32",
+        }  # fmt: skip
+        yield Specimen(dtypes, _kernel, types, tiles(config), launch_options(config))
