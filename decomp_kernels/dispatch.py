@@ -43,8 +43,8 @@ def why_not(x: Tensor, impl: str) -> str | None:
     """Why ``impl`` cannot run on ``x``; None where it can."""
     if impl in EVERYWHERE:
         return None
-    if not _triton_installed():
-        return "triton is not installed"
+    if why := why_not_installed():
+        return why
     if x.dtype == torch.float64:
         return "its kernels take float32, bfloat16 and float16, and x is float64"
     if x.device.type == "cpu" and os.environ.get(INTERPRET) != "1":
@@ -71,5 +71,5 @@ def _gpu_architecture(device: torch.device) -> str:
 
 
 @cache
-def _triton_installed() -> bool:
-    return find_spec("triton") is not None
+def why_not_installed() -> str | None:
+    return None if find_spec("triton") else "triton is not installed"

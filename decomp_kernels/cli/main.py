@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from decomp_kernels import __version__
-from decomp_kernels.cli import info, methods
+from decomp_kernels.cli import info, inspect, methods
 from decomp_kernels.cli.errors import BadInput, CheckFailed, Interrupted
 
 TRAIN = """\
@@ -66,6 +66,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     machine = commands.add_parser("info", help="what this machine has")
     machine.add_argument("--json", action="store_true")
     machine.set_defaults(run=info.run)
+
+    compiled = commands.add_parser("inspect", help="the Triton kernels, compiled without a GPU")
+    compiled.add_argument("--all", action="store_true", help="every dtype and option; minutes")
+    compiled.add_argument("--kernel", action="append", choices=inspect.KERNELS, help="only this")
+    compiled.add_argument("--arch", action="append", choices=inspect.LIMITS, help="only this")
+    compiled.add_argument("--json", action="store_true")
+    compiled.set_defaults(run=inspect.run)
 
     bench = commands.add_parser("bench", help="time and memory, next to PEFT's")
     if arguments[:1] == ["bench"]:  # its suites are imported by itself alone

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from decomp_kernels.kernels.triton.configurations import configuration
-from decomp_kernels.kernels.triton.pieces import dot, keep_mask
+from decomp_kernels.kernels.triton.pieces import dot, keep_mask, narrow
 from decomp_kernels.kernels.triton.specimens import DTYPES, Specimen, launch_options, tiles
 from decomp_kernels.reference.dropout import kept_fraction, threshold
 
@@ -52,11 +52,11 @@ def _kernel(
             x = tl.where(kept, x, 0.0).to(x.dtype)
         if HAS_SCALE:  # on the small operand, as the composition does: x is not rounded again
             scale = tl.load(in_scale_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-            down = (down * scale[:, None]).to(down_ptr.dtype.element_ty)
+            down = narrow(down * scale[:, None], down_ptr.dtype.element_ty)
         acc = dot(x, down, acc)
     out = out_ptr + (share.to(tl.int64) * M + rows[:, None]) * R + ranks[None, :]
     tl.store(
-        out, (acc * after).to(out_ptr.dtype.element_ty),
+        out, narrow(acc * after, out_ptr.dtype.element_ty),
         mask=(rows < M)[:, None] & (ranks < R)[None, :],
     )  # fmt: skip
 

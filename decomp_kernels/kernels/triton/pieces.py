@@ -6,8 +6,9 @@ Definition of the mask: reference/dropout.py.
 import triton
 import triton.language as tl
 
-# The interpreter multiplies the bit patterns of bf16 operands.  Widening them first gives what the
-# matrix units give: products of bf16 are exact in float32.
+# The interpreter multiplies the bit patterns of bf16 operands, and truncates to bf16.  Here operands
+# are widened first, which gives what the matrix units give (products of bf16 are exact in float32),
+# and rounding is to nearest even, as it is in hardware.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -87,14 +88,24 @@ def _dot(a, b, acc):
 
 @triton.jit
 def _two_parts(wide):
-    high = wide.to(tl.bfloat16)
-    return high, (wide - high.to(tl.float32)).to(tl.bfloat16)
+    high = narrow(wide, tl.bfloat16)
+    return high, narrow(wide - high.to(tl.float32), tl.bfloat16)
 
 
 @triton.jit
 def _three_parts(wide):
-    high = wide.to(tl.bfloat16)
+    high = narrow(wide, tl.bfloat16)
     rest = wide - high.to(tl.float32)
-    middle = rest.to(tl.bfloat16)
-    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    middle = narrow(rest, tl.bfloat16)
+    low = narrow(rest - middle.to(tl.float32), tl.bfloat16)
     return high, middle, low
+
+
+@triton.jit
+def narrow(wide, dtype: tl.constexpr):
+    """A float32 tensor in ``dtype``, rounded to nearest even."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        bits = wide.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return wide.to(dtype)

@@ -4,7 +4,7 @@ Each kernel file has ``specimens(config)``: every combination of dtypes and opti
 configuration differs as compiled code.  ``decomp-kernels inspect`` compiles them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 # name: dtypes of the large operand and of the adapter
@@ -15,7 +15,6 @@ DTYPES = {
     "bf16-fp32": ("bf16", "fp32"),
     "fp16-fp32": ("fp16", "fp32"),
 }
-SIZES = {"M", "N", "K", "C", "R"}  # int32 arguments that the launcher specialises for
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,12 @@ class Specimen:
     types: dict[str, str]
     constants: dict[str, Any]
     options: dict[str, int]
-    aligned: bool = True  # pointers and sizes are multiples of 16
-    unit: tuple[str, ...] = field(default=())
+    aligned: bool = True  # pointers, sizes and strides are multiples of 16
+    unit: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> list[str]:
+        return [name for name in self.types if name in "MNKCR" or name.startswith("stride")]
 
 
 def launch_options(config: dict[str, Any]) -> dict[str, int]:

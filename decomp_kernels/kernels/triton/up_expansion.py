@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from decomp_kernels.kernels.triton.configurations import configuration
-from decomp_kernels.kernels.triton.pieces import dot_for, keep_mask
+from decomp_kernels.kernels.triton.pieces import dot_for, keep_mask, narrow
 from decomp_kernels.kernels.triton.specimens import DTYPES, Specimen, launch_options, tiles
 from decomp_kernels.reference.dropout import threshold
 
@@ -56,7 +56,7 @@ def _kernel(
         acc += tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     if HAS_ADDEND:
         acc += tl.load(addend_ptr + tile, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + tile, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + tile, narrow(acc, out_ptr.dtype.element_ty), mask=inside)
 
 
 def up_expansion(

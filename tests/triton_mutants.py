@@ -1,0 +1,147 @@
+"""Planted bugs: each must make a check of its kernel fail.  python tests/triton_mutants.py
+
+A mutant is one edit of one file of kernels/triton, loaded from a copy of that folder.
+"""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import triton_checks as checks
+
+PACKAGE = "decomp_kernels.kernels.triton"
+
+
+class Mutant(NamedTuple):
+    file: str
+    what: str
+    old: str
+    new: str
+    check: str
+
+
+MUTANTS = [
+    Mutant("down_projection", "1 % in the sum", "narrow(acc * after,", "narrow(acc * after * 1.01,", "down"),
+    Mutant("down_projection", "no limit on K", "inside = cols < K", "inside = cols >= 0", "down"),
+    Mutant("down_projection", "no mask", "tl.where(kept, x, 0.0)", "tl.where(kept, x, x)", "down"),
+    Mutant("down_projection", "mask of column 0", "keep_mask(seed, rows, start, K",
+           "keep_mask(seed, rows, 0 * start, K", "down"),
+    Mutant("down_projection", "not divided by the kept fraction", "1.0 / kept_fraction(dropout) if",
+           "1.0 if", "down"),
+    Mutant("down_projection", "in_scale left out", "down * scale[:, None]", "down * 1.0", "down"),
+    Mutant("down_projection", "the last share left out", "t.sum(0)", "t[:-1].sum(0)", "down"),
+    Mutant("up_expansion", "1 % in the bias", "acc += tl.load(bias_ptr",
+           "acc += 1.01 * tl.load(bias_ptr", "up"),
+    Mutant("up_expansion", "no mask", "acc = tl.where(kept, acc, 0.0)", "acc = acc", "up"),
+    Mutant("up_expansion", "mask of column 0", "keep_mask(seed, rows, first_col",
+           "keep_mask(seed, rows, 0 * first_col", "up"),
+    Mutant("up_expansion", "the first rank block alone", "range(0, R, BLOCK_R)",
+           "range(0, min(R, BLOCK_R), BLOCK_R)", "up"),
+    Mutant("column_walk", "1 % in u", "(BLOCK_M, BLOCK_R), tl.float32)",
+           "(BLOCK_M, BLOCK_R), tl.float32) + 0.01", "walk"),
+    Mutant("column_walk", "1 % in p", "p += tl.sum(", "p += 1.01 * tl.sum(", "walk"),
+    Mutant("column_walk", "shares overlap", "min((share + 1) * m_share, M)",
+           "min((share + 2) * m_share, M)", "walk"),
+    Mutant("column_walk", "no mask", "tl.where(kept, big, 0.0)", "tl.where(kept, big, big)", "walk"),
+    Mutant("column_walk", "mask of column 0", "keep_mask(seed, rows, first_col",
+           "keep_mask(seed, rows, 0 * first_col", "walk"),
+    Mutant("column_walk", "the last share left out", "part.sum(0) for part in",
+           "part[: max(1, len(part) - 1)].sum(0) for part in", "walk"),
+    Mutant("row_norm", "1 % in U", "2.0 * U", "2.02 * U", "norm"),
+    Mutant("row_norm", "no limit on K", "in_cols = cols < K", "in_cols = cols < 2 * K", "norm"),
+    Mutant("row_norm", "1 % in a gradient", "d_up = scale", "d_up = 1.01 * scale", "norm"),
+    Mutant("pieces", "another lane", "(16 * tl.arange(0, 4))", "(16 * (3 - tl.arange(0, 4)))", "down"),
+    Mutant("pieces", "counter off by one", "(index + 1)", "(index + 2)", "down"),
+    Mutant("pieces", "another lane, unaligned", "16 * (index % 4)", "16 * (3 - index % 4)", "down"),
+    Mutant("pieces", "threshold off by one", ">= threshold", "> threshold + 300", "down"),
+    Mutant("pieces", "no low part", "_dot(a_low, b_high, _dot(a_high, b_low, acc))", "acc", "split"),
+    Mutant("pieces", "no middle part", "_dot(middle, b, _dot(high, b, acc))", "_dot(high, b, acc)",
+           "walk"),
+    Mutant("decomposed_linear", "1 % in the core", "(core.float() * scale)",
+           "(core.float() * (1.01 * scale))", "operator"),
+    Mutant("decomposed_linear", "no mask in backward", "dy.dtype, seed=seed, dropout=dropout",
+           "dy.dtype", "operator"),
+    Mutant("decomposed_linear", "no phi'", "dt = dt * activation_derivative",
+           "dt = dt + 0.0 * activation_derivative", "operator"),
+    Mutant("decomposed_linear", "dropout forgotten in dA", "left=dt, seed=seed, dropout=dropout",
+           "left=dt", "operator"),
+    Mutant("decomposed_linear", "in_scale forgotten in dA", "else d_down * in_scale", "else d_down",
+           "operator"),
+]  # fmt: skip
+
+
+@contextmanager
+def planted(mutant: Mutant) -> Iterator[None]:
+    """The package's Triton folder is a copy with the bug in it, inside the block."""
+    import decomp_kernels.kernels.triton as package
+
+    def forget() -> dict[str, object]:
+        known = {name: m for name, m in sys.modules.items() if name.startswith(PACKAGE + ".")}
+        for name in known:
+            del sys.modules[name]
+            vars(package).pop(name.rpartition(".")[2], None)
+        return known
+
+    (folder,) = package.__path__
+    with tempfile.TemporaryDirectory() as copy:
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        file = Path(copy) / f"{mutant.file}.py"
+        text = file.read_text("utf-8")
+        assert mutant.old in text, f"{mutant.file} has no {mutant.old!r}: renew the mutant"
+        file.write_text(text.replace(mutant.old, mutant.new), "utf-8")
+        before, package.__path__ = forget(), [copy]
+        try:
+            yield
+        finally:
+            forget()
+            package.__path__ = [folder]
+            sys.modules.update(before)
+            for name, module in before.items():
+                setattr(package, name.rpartition(".")[2], module)
+
+
+def run(check: str) -> None:
+    """The checks that a mutant of this kind must fail: a few of those that the tests run."""
+    for dropping in (False, True):
+        for dtype, shape, r in (("fp32", (20, 131), 20), ("bf16-fp32", (70, 132), 70)):
+            if check == "down":
+                checks.down_projection(dtype, r, shape, True, dropping)
+            elif check == "up":
+                checks.up_expansion(dtype, r, shape, not dropping, dropping)
+            elif check == "walk":
+                checks.column_walk(dtype, r, shape, dropping)
+            elif check == "norm":
+                checks.row_norm(dtype, r, shape)
+            elif check == "split":
+                checks.split_products()
+            elif check == "operator":
+                checks.operator(dtype, dropping)
+
+
+def survives(mutant: Mutant) -> bool:
+    with planted(mutant):
+        try:
+            run(mutant.check)
+        except AssertionError:
+            return False
+    return True
+
+
+def main() -> int:
+    for check in sorted({mutant.check for mutant in MUTANTS}):
+        run(check)  # passes on the kernels as they are
+    survivors = 0
+    for mutant in MUTANTS:
+        alive = survives(mutant)
+        survivors += alive
+        print(f"{'SURVIVES' if alive else 'found':<9} {mutant.file:<18} {mutant.what}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} planted bugs found")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
