@@ -99,6 +99,31 @@ def _not_called_with_values(function):
     return checked
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        dk.BOFT(block_size=2, n_butterfly_factor=3), dk.OFT(r=2, use_cayley_neumann=False), dk.PiSSA(r=2, niter=2),
+        dk.Sparse(mask="magnitude", r=1), dk.DoRA(r=2, cache_norm=True), dk.SSB(),
+        dk.DoRA(r=2, norm_grad=True, use_rslora=True), dk.LoRA(r=2, alpha=3, activation="gelu"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_round_trip_with_options(method, tmp_path):
+    model = trained(method)
+    dk.save_adapter(model, tmp_path)
+    loaded = dk.load_adapter(Net(), tmp_path)
+    assert_same(loaded, model, inputs())
+    assert loaded.first.adapters["default"].method == method
+
+
+def test_a_pruned_adapter_comes_back_as_the_sparse_one_it_is(tmp_path):
+    from decomp_kernels.methods.diff_pruning import fix_masks
+
+    model = fix_masks(trained(dk.DiffPruning()), density=0.2)
+    dk.save_adapter(model, tmp_path)
+    assert_same(dk.load_adapter(Net(), tmp_path), model, inputs())
+
+
 @every_method
 def test_a_loaded_adapter_goes_on_training(name, tmp_path):
     model = trained(METHODS[name].small())

@@ -250,9 +250,15 @@ def _filled(
                 owner._parameters[last] = parameters[key]
             else:
                 owner._buffers[last] = values[key]
-        layer = fitted.layers[path]
+        base = fitted.layers[path].base(path)
         adapter.initialized = True
-        adapter.method.refresh(adapter, layer.base(path))
+        try:
+            adapter.method.check_values(adapter, base)
+        except ValueError as error:
+            raise AdapterFileError(
+                f"the file's tensors for {path or 'the model'} cannot be right: {error}"
+            ) from None
+        adapter.method.refresh(adapter, base)
         left = [n for n, t in (*adapter.named_parameters(), *adapter.named_buffers()) if t.is_meta]
         if left:
             raise AdapterFileError(
