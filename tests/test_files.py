@@ -102,8 +102,8 @@ def _not_called_with_values(function):
 @pytest.mark.parametrize(
     "method",
     [
-        dk.BOFT(block_size=2, n_butterfly_factor=3), dk.OFT(r=2, use_cayley_neumann=False), dk.PiSSA(r=2, niter=2),
-        dk.Sparse(mask="magnitude", r=1), dk.DoRA(r=2, cache_norm=True), dk.SSB(),
+        dk.BOFT(block_size=2, n_butterfly_factor=3), dk.OFT(r=2, use_cayley_neumann=False),
+        dk.Sparse(mask="magnitude", r=1), dk.DoRA(r=2, cache_norm=True), dk.PiSSA(r=2, niter=2),
         dk.DoRA(r=2, norm_grad=True, use_rslora=True), dk.LoRA(r=2, alpha=3, activation="gelu"),
     ],
     ids=str,
