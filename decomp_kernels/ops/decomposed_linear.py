@@ -14,6 +14,7 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import ACTIVATIONS, SingularDiagonal, WeightMap
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
+from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
 from decomp_kernels.ops.map_ops import MAP_OPS
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import decomposed_linear as reference
@@ -40,6 +41,7 @@ torch.library.define(
 
 
 @torch.library.impl("decomp_kernels::decomposed_linear_fwd", "CompositeExplicitAutograd")
+@outside_autocast
 def _fwd(
     x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale, addend,
     seed, scale, dropout, activation, keep, impl,
@@ -61,6 +63,7 @@ def _fwd(
 
 
 @torch.library.impl("decomp_kernels::decomposed_linear_bwd", "CompositeExplicitAutograd")
+@outside_autocast
 def _bwd(
     dy, x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale,
     t, z, seed, scale, dropout, activation, needs, impl,
@@ -294,7 +297,7 @@ def decomposed_linear(
         dropout=dropout,
         activation=activation,
         save_output=save_output,
-        compute=_autocast_dtype(x),
+        compute=autocast_dtype(x),
         map_kind=None if weight_map is None else type(weight_map),
         map_names=tuple(named),
         map_scale=getattr(weight_map, "scale", None),
@@ -324,13 +327,6 @@ def _effective(options: _Options, weight: Tensor, mapped: tuple[Tensor, ...]) ->
     return _map_op(options).build(_weight_map(options, mapped), weight, options.impl)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
 def _to(t: Tensor | None, dtype: torch.dtype | None):
     return t if t is None or dtype is None else t.to(dtype)
 
@@ -346,7 +342,7 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
         )
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dtype != weight.dtype and _autocast_dtype(x) is None:
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(
             f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}; "
             "convert x or run under torch.autocast"
@@ -378,12 +374,12 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if weight.device != x.device:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
-    if down is not None and _autocast_dtype(x) is None:
+    if down is not None and autocast_dtype(x) is None:
         if down.dtype != up.dtype:
             raise TypeError(f"down and up must have one dtype, got {down.dtype} and {up.dtype}")
         if down.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
             raise TypeError(f"down and up must be {x.dtype} as x is, or float32, got {down.dtype}")
-    if addend is not None and addend.dtype != x.dtype and _autocast_dtype(x) is None:
+    if addend is not None and addend.dtype != x.dtype and autocast_dtype(x) is None:
         raise TypeError(f"addend must be {x.dtype} as x is, got {addend.dtype}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

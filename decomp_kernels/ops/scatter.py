@@ -10,7 +10,8 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.factors import Scatter
 from decomp_kernels.kernels.aten import scatter as aten
-from decomp_kernels.ops.weight_map import check_tensors, outside_autocast
+from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import scatter as reference
 
 FROM_INPUT_GRADIENT = False
