@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from itertools import count
 from pathlib import Path
 
@@ -324,3 +326,10 @@ def test_several_processes_show_a_range():
     (group,) = groups.values()
     assert report.ratio_text(group, "ours") == "1.10-1.30"
     assert report.quartiles(group, "ours") == pytest.approx((1.0, 1.4))
+
+
+def test_the_operators_benchmarks_run():
+    root = Path(__file__).parents[1]
+    words = ["-m", "pytest", "benchmarks", "-q", "--benchmark-disable", "--threads=1"]
+    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
