@@ -597,6 +597,20 @@ def test_a_peer_computes_what_ours_does_at_the_start(models, name):
     assert all(p.grad is not None for p in trained)
 
 
+def test_peers_of_a_model_with_conv1d():
+    """GPT-2 keeps its weights as [in, out]."""
+    from transformers import GPT2Config, GPT2Model
+
+    base = GPT2Model(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+    base.eval().requires_grad_(False)
+    ids = torch.arange(16)[None]
+    for method in (dk.SSB(), dk.LoRA()):
+        peer, _ = compare.peer_of(base, method, ["h.0.attn.c_attn", "h.0.mlp.c_proj"])
+        ours = dk.adapt(compare.twin(base), method, ["h.0.attn.c_attn", "h.0.mlp.c_proj"])
+        one, other = (model.eval()(input_ids=ids).last_hidden_state for model in (peer, ours))
+        torch.testing.assert_close(one, other)
+
+
 def test_the_tolerance_of_the_checks_is_the_rounding_of_the_base(models):
     """A wider dtype has far less of it; nothing about it is chosen."""
     from transformers import AutoModel, AutoTokenizer

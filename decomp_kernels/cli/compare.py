@@ -54,7 +54,8 @@ def peer_of(model: nn.Module, method: Method, adapted: list[str]) -> tuple[nn.Mo
         made = twin(model)
         for name in adapted:
             parent, _, last = name.rpartition(".")
-            setattr(made.get_submodule(parent), last, formula(made.get_submodule(name), method))
+            linear = _as_linear(made.get_submodule(name))
+            setattr(made.get_submodule(parent), last, formula(linear, method))
         return made, "authors' formula"
     if method.name not in peers.CONFIGS or find_spec("peft") is None:
         return None
@@ -112,6 +113,16 @@ def compare(
             )
         )  # fmt: skip
     return results
+
+
+def _as_linear(module: Any) -> nn.Linear:
+    """GPT-2's Conv1D as the nn.Linear that computes the same; an nn.Linear as it is."""
+    if isinstance(module, nn.Linear):
+        return module
+    linear = nn.Linear(*module.weight.shape, bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(module.weight.T, requires_grad=False)
+    linear.bias = module.bias
+    return linear
 
 
 def _contender(

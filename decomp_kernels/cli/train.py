@@ -28,7 +28,7 @@ from decomp_kernels.cli.retrieval import Retrieval
 from decomp_kernels.cli.tasks import Scores, Task, gain_interval
 from decomp_kernels.cli.text import counted
 
-BUILT_IN_STEPS = 80
+BUILT_IN_STEPS = 60
 
 
 @dataclass
