@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decomp_kernels.bench import cli, engine, layers, memory, record, report
+from decomp_kernels.bench import cli, engine, layers, memory, peers, record, report
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
 from decomp_kernels.methods import methods
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
@@ -282,7 +282,7 @@ def test_layer_suite_writes_what_the_schema_says(tmp_path, capsys):
 
 def test_peers_compute_something_with_the_same_parameters():
     pytest.importorskip("peft")
-    for row in layers.rows(["lora", "dora", "ia3", "ssl"], [(8, 16, 24)], ["float32"], 4):
+    for row in layers.rows([*peers.CONFIGS], [(8, 16, 24)], ["float32"], 4):
         contenders, modules = layers.build(row, seed=0, device=CPU)
         counts = {
             contender.name: sum(p.numel() for p in module.parameters() if p.requires_grad)
