@@ -252,7 +252,7 @@ HARD = [
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(command, tmp_path):
     """kill -9 in the middle of the first method; the run then goes on in another process."""
-    steps = 60
+    steps = 30
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "decomp_kernels.cli.main", *command(*HARD, steps=steps)]
     process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
@@ -521,7 +521,7 @@ def test_adalora_moves_ranks_and_lora_dash_selects(command, tmp_path):
 
 def test_the_pattern_constraint_changes_training(command, tmp_path, capsys):
     for output, more in (("without", []), ("with", ["--mpc", "d", "--mpc-coef", "0.5"])):
-        assert main(command("--method", "lora", *more, output=output)) == 0
+        assert main(command("--method", "lora", "--lr", "0.02", *more, output=output)) == 0
     ends = []
     for output in ("without", "with"):
         tensors = weights(tmp_path / output, "lora")
