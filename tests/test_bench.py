@@ -172,6 +172,13 @@ def test_a_temporary_is_in_the_peak_and_not_in_what_is_saved():
     assert of(wasteful) == (4 * 10 * M * K, 4 * M * K)
 
 
+def test_a_sparse_tensor_counts_with_its_indices():
+    indices, values = torch.tensor([[0, 2, 5], [1, 0, 7]]), torch.randn(3)
+    weight = torch.sparse_coo_tensor(indices, values, (N, K), is_coalesced=True)
+    _, saved = of(lambda x: torch.sparse.mm(weight, x.T).T)
+    assert saved == 8 * 6 + 4 * 3
+
+
 def lowrank(dtype=torch.float32):
     down, up = torch.randn(R, K), torch.randn(N, R)
     return {name: t.to(dtype).requires_grad_() for name, t in (("down", down), ("up", up))}
