@@ -163,11 +163,15 @@ class _DecomposedLinear(torch.autograd.Function):
         keep_t = bool(need.up or need.core or curved)
         keep_z = bool(need.out_scale) and not options.save_output
         keep_x = need.weight or need.down or need.in_scale or need_map
+        cast_x, cast_weight = _to(x, compute), _to(weight, compute)
+        if _acts_on_input(options, down, in_scale) and x.numel() < weight.numel():
+            cast_x = _map_op(options).forward(_weight_map(options, mapped), cast_x, options.impl)
+        else:
+            cast_weight = _effective(options, cast_weight, mapped)
         y, t, z = fwd(
-            _to(x, compute), _effective(options, _to(weight, compute), mapped), None, "dense",
-            bias, _to(down, compute), _to(up, compute), core, in_scale, out_scale,
-            _to(addend, compute), seed, options.scale, options.dropout, options.activation,
-            [keep_t, keep_z], options.impl,
+            cast_x, cast_weight, None, "dense", bias, _to(down, compute), _to(up, compute), core,
+            in_scale, out_scale, _to(addend, compute), seed, options.scale, options.dropout,
+            options.activation, [keep_t, keep_z], options.impl,
         )  # fmt: skip
         ctx.options, ctx.x_dtype = options, x.dtype
         ctx.addend_dtype = None if addend is None else addend.dtype
@@ -192,10 +196,7 @@ class _DecomposedLinear(torch.autograd.Function):
         if y is not None:  # save_output: z = y / out_scale
             z = scale_columns(y.reshape(-1, y.shape[-1]), out_scale.reciprocal())
         map_op = _map_op(options) if need_map else None
-        # A rotation acts on x: its gradients come from g W, the gradient of x R, without a GEMM of
-        # their own.  Not where a branch or in_scale adds to the gradient of x.
-        rotates = map_op is not None and map_op.FROM_INPUT_GRADIENT
-        rotates = rotates and down is None and in_scale is None
+        rotates = map_op is not None and _acts_on_input(options, down, in_scale)
         base = cast_weight if rotates else _effective(options, cast_weight, mapped)
         asked = [bool(wanted) for wanted in need]
         asked[0] = bool(need.x or rotates)
@@ -318,6 +319,13 @@ def _weight_map(options: _Options, mapped: tuple[Tensor, ...]) -> WeightMap:
 def _map_op(options: _Options):
     assert options.map_kind is not None
     return MAP_OPS[options.map_kind.op]
+
+
+def _acts_on_input(options: _Options, down: Tensor | None, in_scale: Tensor | None) -> bool:
+    """Whether the map can turn x, its gradients coming from g W because nothing adds to that."""
+    if options.map_kind is None or down is not None or in_scale is not None:
+        return False
+    return _map_op(options).ACTS_ON_INPUT
 
 
 def _effective(options: _Options, weight: Tensor, mapped: tuple[Tensor, ...]) -> Tensor:

@@ -14,7 +14,7 @@ from decomp_kernels.ops.autocast import outside_autocast
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import hadamard as reference
 
-FROM_INPUT_GRADIENT = False
+ACTS_ON_INPUT = False
 
 torch.library.define(
     "decomp_kernels::hadamard_build",

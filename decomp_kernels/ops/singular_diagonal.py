@@ -15,7 +15,7 @@ from decomp_kernels.ops.autocast import outside_autocast
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import singular_diagonal as reference
 
-FROM_INPUT_GRADIENT = False
+ACTS_ON_INPUT = False
 
 _MAP = "Tensor left, Tensor diagonal, Tensor right, str impl"
 torch.library.define(
