@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import decomp_kernels as dk
+from decomp_kernels.bench import peers
 from decomp_kernels.cli import checkpoint, checks, compare, folder, loop
 from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.main import main
@@ -595,6 +596,33 @@ def test_a_peer_computes_what_ours_does_at_the_start(models, name):
     torch.testing.assert_close(task.outputs(peer.eval(), 2), task.outputs(ours, 2))
     task.loss(peer, [0, 1]).backward()
     assert all(p.grad is not None for p in trained)
+
+
+@pytest.mark.parametrize("name", sorted({*peers.CONFIGS, *peers.FORMULAS}))
+def test_a_peer_leaves_the_shared_weights_alone(models, name):
+    """PiSSA's initialisation writes to its base; nothing may write to that of the others."""
+    from transformers import AutoModel, AutoTokenizer
+
+    base = AutoModel.from_pretrained(models["encoder"]).eval().requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    tokenizer = AutoTokenizer.from_pretrained(models["encoder"])
+    rows = [("w1 w2", "w3"), ("w4", "w5 w6 w7")]
+    task = Retrieval(rows, rows, tokenizer, 32, "mean")
+    names = ["encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense"]
+    options = {"oft": {"block_size": 8}, "sparse": {"r": 2}}.get(name, {})
+    found = compare.peer_of(base, dk.methods()[name](**options), names)
+    assert found is not None
+    task.loss(found[0], [0, 1]).backward()
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_peer_that_peft_refuses_is_said(models, capsys):
+    from transformers import AutoModel
+
+    base = AutoModel.from_pretrained(models["encoder"])
+    assert compare.peer_of(base, dk.Sparse(), ["encoder.layer.0.attention.self.query"]) is None
+    assert "note: PEFT has no sparse with these options here" in capsys.readouterr().out
 
 
 def test_peers_of_a_model_with_conv1d():
