@@ -340,6 +340,22 @@ def test_a_description_that_says_something_wrong(path, value, message, tmp_path)
     pair.snapshot.assert_unchanged()
 
 
+def test_two_tensors_that_the_file_makes_one(tmp_path):
+    """Trained as one Parameter they would follow each other for good."""
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+
+    dk.save_adapter(dk.adapt(model(), dk.LoRA(r=2)), tmp_path)
+    content = json.loads((tmp_path / "adapter.json").read_text())
+    del content["tensors"]["layers.1.down"]
+    content["shared"] = {"layers.1.down": "layers.0.down"}
+    (tmp_path / "adapter.json").write_bytes(signed(content))
+    with pytest.raises(dk.AdapterFileError, match=r"layers.1.down and layers.0.down must be two"):
+        dk.load_adapter(model(), tmp_path)
+
+
 def _tensor(header, key, **changes):
     header[key] = {**header[key], **changes}
 

@@ -110,9 +110,7 @@ def _write(folder: Path, description: Description, tensors: dict[str, Tensor]) -
                 digest.update(piece)
                 file.write(piece)
             _flush(file)
-        path = folder / _tensor_file(digest.hexdigest())
-        if not path.exists():  # else the adapter in the folder may be made of it
-            new = path
+        path = new = folder / _tensor_file(digest.hexdigest())
         os.replace(scratch, path)
         with open(scratch, "xb") as file:
             file.write(to_text(replace(description, sha256=digest.hexdigest())).encode())
@@ -122,7 +120,9 @@ def _write(folder: Path, description: Description, tensors: dict[str, Tensor]) -
     except BaseException:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
-            if new is not None and not _is_in_use(new):  # an interrupt may come after the renaming
+            # adapter.json names it where the same adapter was saved before, and where an interrupt
+            # came just after the last renaming.
+            if new is not None and not _is_in_use(new):
                 new.unlink(missing_ok=True)
         raise
     # The new adapter is in place: what follows may fail without harm.

@@ -154,10 +154,9 @@ def _blanks(
     for (index, _), members in groups.items():
         method, path = methods[index], next(iter(members))
         try:
-            with torch.random.fork_rng(devices=()):
-                shared = make_shared(dict.fromkeys(members, method), members)[repr(method)]
-                for path, empty in members.items():
-                    made[path] = empty.make_adapter(method, path, None, shared)
+            shared = make_shared(dict.fromkeys(members, method), members)[repr(method)]
+            for path, empty in members.items():
+                made[path] = empty.make_adapter(method, path, None, shared)
         except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
             raise AdapterFileError(
                 f"the file's options of {method.name} do not fit {path or 'the model'}: {error}"
