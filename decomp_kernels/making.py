@@ -50,9 +50,16 @@ def make_shared(
         members.setdefault(repr(method), []).append(layers[name].base_weight())
     made = {}
     for key, weights in members.items():
-        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        kinds = {(torch.promote_types(w.dtype, torch.float32), w.device) for w in weights}
         shapes = [(weight.shape[0], weight.shape[1]) for weight in weights]
-        made[key] = by_repr[key].share(shapes, dtype, weights[0].device)
+        made[key] = by_repr[key].share(shapes, *next(iter(kinds)))
+        if made[key] and len(kinds) > 1:
+            listed = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
+            raise ValueError(
+                f"{type(by_repr[key]).__name__} shares tensors among its layers, which must be of "
+                f"one dtype and on one device, got {listed}; convert or move the model "
+                "first, or leave layers out with exclude_modules"
+            )
     return made
 
 

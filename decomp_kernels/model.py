@@ -215,7 +215,8 @@ def set_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
     known = {name for layer in layers.values() for name in layer.adapters}
     if adapter_name not in known:
         raise ValueError(
-            f"no layer has an adapter {adapter_name!r}; the model has {', '.join(sorted(known))}"
+            f"no layer has an adapter {adapter_name!r}; the model has "
+            + (", ".join(sorted(known)) or "none: call adapt(model, method) first")
         )
     merged = [name for name, layer in layers.items() if layer.merged_adapter is not None]
     if merged:

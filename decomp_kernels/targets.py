@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from decomp_kernels.linear import Decomposed, decomposed_class
+from decomp_kernels.linear import Decomposed, adapted_layers, decomposed_class
 from decomp_kernels.saved_modules import TrainedCopy
 
 Names = str | list[str] | tuple[str, ...] | set[str]
@@ -31,7 +31,9 @@ def find_targets(
     every_linear = target == "all-linear"
     head = _output_head(model) if every_linear else None
     found = Targets({}, {}, {})
-    owners: dict[int, str] = {}
+    owners: dict[int, str] = {
+        id(layer.weight): name for name, layer in adapted_layers(model).items()
+    }
     parents_of_trained = [name for name, m in model.named_modules() if isinstance(m, TrainedCopy)]
     for name, module in model.named_modules():
         inside = any(_is_within(name, other) for other in (*not_these, *parents_of_trained))
@@ -104,8 +106,9 @@ def why_not(
     weight: Any = module.weight
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
-    if id(weight) in owners:
-        return f"it shares its weight with {owners[id(weight)]}, which is adapted"
+    owner = owners.get(id(weight), name)
+    if owner != name:
+        return f"it shares its weight with {owner}, which is adapted"
     if 0 in weight.shape:
         return f"its weight is empty, {tuple(weight.shape)}"
     return None

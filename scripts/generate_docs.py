@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 import decomp_kernels as dk
 from decomp_kernels import factors
 from decomp_kernels.cli import methods
-from decomp_kernels.methods import adalora, lora_dash
+from decomp_kernels.methods import adalora, diff_pruning, lora_dash
 from layers import LAYERS
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,12 @@ API_HEAD = (
 )
 MAPS_HEAD = "The closed set of changes of a whole weight, in `decomp_kernels.factors`."
 COMPANIONS_HEAD = "In the method's file, `decomp_kernels.methods.<file>`."
-COMPANIONS = (adalora.RankAllocator, lora_dash.select_directions)
+COMPANIONS = (
+    adalora.RankAllocator,
+    diff_pruning.l0_penalty,
+    diff_pruning.fix_masks,
+    lora_dash.select_directions,
+)
 METHODS_HEAD = (
     "Options with their defaults; PEFT's spellings (`lora_alpha`, ...) are accepted too. "
     "Formulas and counts in one table: [methods.md](methods.md)."

@@ -9,7 +9,7 @@ LAYERS = [
         "dispatch": "which implementation runs, and why",
     },
     {"reference": "the definition of each operator and its gradients, plainly"},
-    {"kernels": "fast implementations; kernels/aten: compositions of library calls"},
+    {"kernels": "fast implementations; aten: of library calls; triton: of Triton kernels"},
     {"ops": "schema, fake, autograd, public function: one file an operator"},
     {"methods": "LoRA, DoRA, SSB, ...: one file a method, found by a registry"},
     {
@@ -41,7 +41,8 @@ PEERS = {
     ("making", "targets"),
 }
 
-# The library calls that every implementation is made of; other kernel files stay apart.
+# The library calls that every implementation is made of; other kernel files stay apart, but for the
+# files of kernels/triton among themselves: a composition there is made of their kernels.
 SHARED_KERNELS = {"gemm", "columns", "mask"}
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

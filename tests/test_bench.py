@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import subprocess
+import sys
 from itertools import count
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decomp_kernels.bench import cli, engine, layers, memory, record, report
+from decomp_kernels.bench import cli, engine, layers, memory, peers, record, report
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
 from decomp_kernels.methods import methods
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
@@ -170,6 +172,13 @@ def test_a_temporary_is_in_the_peak_and_not_in_what_is_saved():
     assert of(wasteful) == (4 * 10 * M * K, 4 * M * K)
 
 
+def test_a_sparse_tensor_counts_with_its_indices():
+    indices, values = torch.tensor([[0, 2, 5], [1, 0, 7]]), torch.randn(3)
+    weight = torch.sparse_coo_tensor(indices, values, (N, K), is_coalesced=True)
+    _, saved = of(lambda x: torch.sparse.mm(weight, x.T).T)
+    assert saved == 8 * 6 + 4 * 3
+
+
 def lowrank(dtype=torch.float32):
     down, up = torch.randn(R, K), torch.randn(N, R)
     return {name: t.to(dtype).requires_grad_() for name, t in (("down", down), ("up", up))}
@@ -280,7 +289,7 @@ def test_layer_suite_writes_what_the_schema_says(tmp_path, capsys):
 
 def test_peers_compute_something_with_the_same_parameters():
     pytest.importorskip("peft")
-    for row in layers.rows(["lora", "dora", "ia3", "ssl"], [(8, 16, 24)], ["float32"], 4):
+    for row in layers.rows([*peers.CONFIGS], [(8, 16, 24)], ["float32"], 4):
         contenders, modules = layers.build(row, seed=0, device=CPU)
         counts = {
             contender.name: sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -324,3 +333,10 @@ def test_several_processes_show_a_range():
     (group,) = groups.values()
     assert report.ratio_text(group, "ours") == "1.10-1.30"
     assert report.quartiles(group, "ours") == pytest.approx((1.0, 1.4))
+
+
+def test_the_operators_benchmarks_run():
+    root = Path(__file__).parents[1]
+    words = ["-m", "pytest", "benchmarks", "-q", "--benchmark-disable", "--threads=1"]
+    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

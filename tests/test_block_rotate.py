@@ -19,14 +19,15 @@ from weight_maps import (
 
 from decomp_kernels.factors import BlockRotate
 from decomp_kernels.kernels.aten import block_rotate as aten
-from decomp_kernels.ops.block_rotate import build, build_op, bwd_op, contract_op
+from decomp_kernels.ops import block_rotate
+from decomp_kernels.ops.block_rotate import build, build_op, bwd_op, contract_op, fwd_op
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.testing import relative_error
 
 SHAPES = [  # N, factors, blocks, block size
     (9, 1, 3, 4),
     (7, 3, 2, 6),
-    (1, 2, 1, 1),
+    (1, 2, 2, 2),
     (33, 2, 5, 3),
 ]
 
@@ -58,24 +59,27 @@ def tensors(shape, dtype, permuted=True):
 @impls
 @dtypes
 @pytest.mark.parametrize("permuted", [True, False], ids=["permuted", "in-order"])
+@pytest.mark.parametrize("tokens", [(3, 13), (2, 3)], ids=["weight", "x"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_matches_the_formula(shape, permuted, dtype, impl):
+def test_matches_the_formula(shape, tokens, permuted, dtype, impl):
+    """With fewer tokens than rows of W it is x that is turned."""
     N, _, q, b = shape
-    terms = layer(N, q * b, dtype, terms=("bias", "out_scale"))
+    terms = layer(N, q * b, dtype, tokens, terms=("bias", "out_scale"))
     check(BlockRotate, dense, tensors(shape, dtype, permuted), terms, impl)
 
 
 @impls
 @pytest.mark.parametrize("dtype", ["fp64", "bf16-fp32"])
+@pytest.mark.parametrize("tokens", [(3, 5), (2, 3)], ids=["many", "few"])
 @pytest.mark.parametrize(
     "terms",
     [("in_scale", "out_scale", "bias"), ("down", "up", "core"), ("addend",)],
     ids="+".join,
 )
-def test_with_the_other_terms(terms, dtype, impl):
+def test_with_the_other_terms(terms, tokens, dtype, impl):
     """in_scale and a branch add to the gradient of x: the map's own must not see that."""
-    shape = (9, 2, 3, 4)
-    check(BlockRotate, dense, tensors(shape, dtype), layer(9, 12, dtype, terms=terms), impl)
+    mapped, others = tensors((9, 2, 3, 4), dtype), layer(9, 12, dtype, tokens, terms=terms)
+    check(BlockRotate, dense, mapped, others, impl)
 
 
 @impls
@@ -155,13 +159,35 @@ def test_registration(permuted, dtype, impl):
     blocks, orders = mapped["blocks"].detach(), mapped.get("permutations")
     torch.library.opcheck(build_op, (W, blocks, orders, impl))
     torch.library.opcheck(build_op, (random((12, 9), base, 0).T, blocks, orders, impl))
+    torch.library.opcheck(fwd_op, (random((2, 3, 12), base, 3), blocks, orders, impl))
     torch.library.opcheck(contract_op, (W, g, x, blocks, orders, impl))
     torch.library.opcheck(bwd_op, (random((4, 12), base, 3), x, blocks, orders, impl))
 
 
 @pytest.mark.parametrize("terms", [(), ("in_scale",)], ids=["rotates-back", "contracts"])
-def test_compiles_without_a_graph_break(terms):
-    check_compiles(BlockRotate, tensors((9, 2, 3, 4), "fp32"), layer(9, 12, "fp32", terms=terms))
+@pytest.mark.parametrize("tokens", [(3, 5), (2, 3)], ids=["weight", "x"])
+def test_compiles_without_a_graph_break(tokens, terms):
+    others = layer(9, 12, "fp32", tokens, terms=terms)
+    check_compiles(BlockRotate, tensors((9, 2, 3, 4), "fp32"), others)
+
+
+def test_which_side_is_turned(monkeypatch):
+    calls = []
+    for name in ("forward", "build", "contract", "backward"):
+        wrapped = getattr(block_rotate, name)
+        monkeypatch.setattr(
+            block_rotate, name, lambda *a, w=wrapped, n=name: calls.append(n) or w(*a)
+        )
+    for tokens, terms, expected in [
+        ((8,), (), ["forward", "backward"]),
+        ((9,), (), ["build", "backward"]),
+        ((8,), ("in_scale",), ["build", "build", "contract"]),
+    ]:
+        calls.clear()
+        others = layer(9, 12, "fp32", tokens, terms=terms)
+        mapped = tensors((9, 2, 3, 4), "fp32")
+        decomposed_linear(**others, weight_map=BlockRotate(**mapped)).sum().backward()
+        assert calls == expected
 
 
 def test_shared_blocks_add_their_gradients():

@@ -1,5 +1,7 @@
 """MPC_o and MPC_d against autograd of the plain formula in float64, and against PEFT's AdaLoRA."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ from decomp_kernels.testing import assert_as_good_as, relative_error
 LOW_RANK = (
     dk.LoRA(r=3), dk.DoRA(r=3), dk.AdaLoRA(r=3, target_r=2), dk.TriLoRA(r=3), dk.FLoRA(r=3),
     dk.MoSLoRA(r=3), dk.LoRADash(r=3), dk.PiSSA(r=3), dk.MiLoRA(r=3), dk.ParallelAdapter(r=3),
-    dk.SeriesAdapter(r=3),
+    dk.SeriesAdapter(r=3), dk.LieRA(r=3), dk.HiRA(r=3),
 )  # fmt: skip
 SIZES = ((12, 9), (9, 12), (12, 9), (12, 12), (9, 12))  # (K, N) of the layers: some repeat
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -234,7 +236,11 @@ def test_a_tied_layer_counts_once():
     assert relative_error(dk.mpc_loss(model, "o", 1.0), plain([adapter.down], [adapter.up])) < 1e-13
 
 
-@pytest.mark.parametrize("method", [dk.SSL(), dk.SSB(), dk.IA3(), dk.BitFit(), dk.VeRA(r=4)])
+@pytest.mark.parametrize(
+    "method",
+    [dk.SSL(), dk.SSB(), dk.IA3(), dk.BitFit(), dk.VeRA(r=4), dk.SpectralAdditive(r=3)],
+    ids=lambda m: m.name,
+)
 def test_a_model_without_a_trained_pair_is_refused(method):
     model = adapted(method)
     with pytest.raises(ValueError, match="must have an active adapter that trains A = down and B"):
@@ -431,3 +437,17 @@ def test_mpc_n_is_the_parallel_adapter():
         ours = outcome(layer(x).square().sum(), [adapter.down, adapter.up])
         for value, truth in zip(ours, expected, strict=True):
             assert relative_error(value, truth) < 1e-13
+
+
+def test_the_documents_examples_run():
+    text = (Path(__file__).parent.parent / "docs" / "mpc.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/mpc.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("kind", "share"), [("d", 4 / 9), ("o", 13 / 9)])
+def test_the_penalty_at_loras_start_is_what_the_document_says(kind, share):
+    model = dk.adapt(nn.Sequential(nn.Linear(4096, 64)), dk.LoRA(r=8), "all-linear")
+    assert dk.mpc_loss(model, kind, 1.0).item() == pytest.approx(8 * share, rel=0.05)

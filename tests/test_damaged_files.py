@@ -20,7 +20,10 @@ from decomp_kernels.interop import description as descriptions
 from decomp_kernels.interop.tensor_file import decode
 
 RAW, SIGNED = 5000, 5000
-METHODS = [dk.LoRA(r=2), dk.VeRA(r=2), dk.DoRA(r=2), dk.LoRADash(r=2, n_directions=2)]
+METHODS = [
+    dk.LoRA(r=2), dk.VeRA(r=2), dk.DoRA(r=2), dk.LoRADash(r=2, n_directions=2),
+    dk.Sparse(density=0.05),
+]  # fmt: skip
 
 
 class Pair:
@@ -337,6 +340,22 @@ def test_a_description_that_says_something_wrong(path, value, message, tmp_path)
     pair.snapshot.assert_unchanged()
 
 
+def test_two_tensors_that_the_file_makes_one(tmp_path):
+    """Trained as one Parameter they would follow each other for good."""
+
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+
+    dk.save_adapter(dk.adapt(model(), dk.LoRA(r=2)), tmp_path)
+    content = json.loads((tmp_path / "adapter.json").read_text())
+    del content["tensors"]["layers.1.down"]
+    content["shared"] = {"layers.1.down": "layers.0.down"}
+    (tmp_path / "adapter.json").write_bytes(signed(content))
+    with pytest.raises(dk.AdapterFileError, match=r"layers.1.down and layers.0.down must be two"):
+        dk.load_adapter(model(), tmp_path)
+
+
 def _tensor(header, key, **changes):
     header[key] = {**header[key], **changes}
 
@@ -378,6 +397,31 @@ def test_numbers_that_are_not_finite(tmp_path):
     data = joined(header, tensors)
     content = {**pair.content, "sha256": hashlib.sha256(data).hexdigest()}
     with pytest.raises(dk.AdapterFileError, match=r"layers.second.up must be finite, and as float"):
+        dk.load_adapter(_write(pair, content, data), tmp_path)
+    pair.snapshot.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("rows", 24, "rows must be from 0 to 23"),
+        ("rows", -1, "rows must be from 0 to 23"),
+        ("cols", 2**40, "cols must be from 0 to 15"),
+        ("both", 0, "rows and cols must name no place twice"),
+    ],
+)
+def test_places_that_are_none(tensor, value, message, tmp_path):
+    """Indices from a file would be read and written with."""
+    pair = Pair(tmp_path, dk.Sparse(density=0.05))
+    header, tensors = split(pair.data)
+    for name in ("rows", "cols") if tensor == "both" else (tensor,):
+        at = header[f"layers.first.{name}"]["data_offsets"][0]
+        for place in range(2 if tensor == "both" else 1):
+            start = at + 8 * place
+            tensors = tensors[:start] + struct.pack("<q", value) + tensors[start + 8 :]
+    data = joined(header, tensors)
+    content = {**pair.content, "sha256": hashlib.sha256(data).hexdigest()}
+    with pytest.raises(dk.AdapterFileError, match=f"tensors for first cannot be right: {message}"):
         dk.load_adapter(_write(pair, content, data), tmp_path)
     pair.snapshot.assert_unchanged()
 

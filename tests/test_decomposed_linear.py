@@ -326,3 +326,19 @@ def test_bad_calls_say_what_is_wrong():
     refused(ValueError, "dropout must be at least 0 and below 1, got 1.0", dropout=1.0)
     refused(ValueError, "impl must be one of auto, reference, aten", impl="cuda")
     refused(TypeError, "x must be floating point", x=torch.ones(4, 12, dtype=torch.int64))
+
+
+@impls
+def test_operators_keep_their_precision_inside_autocast(impl):
+    """A backward that is run under autocast, and float64, which autocast leaves alone."""
+    tensors = make(OPTIONAL, "bf16-fp32")
+    dy = torch.randn(3, 5, 9).bfloat16()
+    y = decomposed_linear(**tensors, impl=impl)
+    plain = torch.autograd.grad(y, list(tensors.values()), dy, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y, list(tensors.values()), dy)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+    wide = make(OPTIONAL, "fp64")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = decomposed_linear(**wide, impl=impl)
+    assert relative_error(y, formula(wide, 1.0, "identity")) < 1e-13

@@ -99,6 +99,31 @@ def _not_called_with_values(function):
     return checked
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        dk.BOFT(block_size=2, n_butterfly_factor=3), dk.OFT(r=2, use_cayley_neumann=False),
+        dk.Sparse(mask="magnitude", r=1), dk.DoRA(r=2, cache_norm=True), dk.PiSSA(r=2, niter=2),
+        dk.DoRA(r=2, norm_grad=True, use_rslora=True), dk.LoRA(r=2, alpha=3, activation="gelu"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_round_trip_with_options(method, tmp_path):
+    model = trained(method)
+    dk.save_adapter(model, tmp_path)
+    loaded = dk.load_adapter(Net(), tmp_path)
+    assert_same(loaded, model, inputs())
+    assert loaded.first.adapters["default"].method == method
+
+
+def test_a_pruned_adapter_comes_back_as_the_sparse_one_it_is(tmp_path):
+    from decomp_kernels.methods.diff_pruning import fix_masks
+
+    model = fix_masks(trained(dk.DiffPruning()), density=0.2)
+    dk.save_adapter(model, tmp_path)
+    assert_same(dk.load_adapter(Net(), tmp_path), model, inputs())
+
+
 @every_method
 def test_a_loaded_adapter_goes_on_training(name, tmp_path):
     model = trained(METHODS[name].small())
@@ -235,9 +260,9 @@ def test_gpt2(tmp_path):
         loaded = dk.load_adapter(gpt2(), tmp_path)
         assert same_bits(loaded(tokens).logits, model(tokens).logits)
         assert not torch.equal(model(tokens).logits, gpt2()(tokens).logits)
-        files_before = _tensor_bytes(tmp_path)
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
         dk.save_adapter(dk.merge(model), tmp_path)  # from the base that merging kept
-        assert _tensor_bytes(tmp_path) == files_before
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_shared_tensors_are_stored_once_and_stay_one(tmp_path):
@@ -279,6 +304,8 @@ def test_the_file_may_be_replaced_while_its_tensors_are_in_use(tmp_path):
     for path in tmp_path.iterdir():
         path.write_bytes(b"\xff" * path.stat().st_size)
     assert_same(loaded, model, inputs())
+    # Memory of torch's own: what shards parameters resizes their storage.
+    assert all(p.untyped_storage().resizable() for p in loaded.parameters())
 
 
 def test_other_readers_can_read_the_tensors(tmp_path):
@@ -375,6 +402,11 @@ def test_large_weights_are_sampled_and_still_told_apart(tmp_path):
         slightly[0].weight.view(-1)[torch.randperm(120000)[:120]] += 1e-3
     with pytest.raises(dk.AdapterFileError, match="other values"):
         dk.load_adapter(slightly, tmp_path)
+    at_the_end = wide(0)  # a layer of which the last tenth was trained
+    with torch.no_grad():
+        at_the_end[0].weight[270:] += 1e-3
+    with pytest.raises(dk.AdapterFileError, match="other values"):
+        dk.load_adapter(at_the_end, tmp_path)
     transposed = wide(0)  # another memory layout is no other base
     transposed[0].weight = nn.Parameter(transposed[0].weight.detach().T.contiguous().T)
     dk.load_adapter(transposed, tmp_path)

@@ -18,6 +18,7 @@ from weight_maps import (
 )
 
 from decomp_kernels.factors import SingularDiagonal
+from decomp_kernels.kernels import gemm
 from decomp_kernels.kernels.aten import singular_diagonal as aten
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.singular_diagonal import as_low_rank, build, build_op, contract_op
@@ -121,13 +122,17 @@ def test_no_tokens(impl):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "bf16-fp32"])
-def test_no_float32_weight_is_made(dtype):
-    N, K = 2048, 1024
-    m = SingularDiagonal(**tensors(N, K, dtype, k=16))
-    W, g, x = (random(shape, torch.bfloat16, 0) for shape in ((N, K), (8, N), (8, K)))
-    assert largest_temporary(lambda: aten.build(m, W)) <= N * K // 2
-    both = (torch.float32, torch.bfloat16)
-    assert largest_temporary(lambda: aten.contract(m, W, g, x), both) <= N * K // 2
+def test_no_float32_weight_is_made(dtype, monkeypatch):
+    """Nor one of a 16-bit basis, which is as large."""
+    monkeypatch.setattr(gemm, "OUTER_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(gemm.outer_blocks, "__defaults__", (1 << 16,))
+    N = K = k = 512
+    m = SingularDiagonal(**tensors(N, K, dtype, k))
+    W, g, x = (random(shape, torch.bfloat16, 0) for shape in ((N, K), (600, N), (600, K)))
+    assert largest_temporary(lambda: aten.build(m, W)) <= N * K // 4
+    assert largest_temporary(lambda: aten.contract(m, W, g, x)) <= N * K // 4
+    few = (torch.float32, torch.bfloat16)
+    assert largest_temporary(lambda: aten.contract(m, W, g[:8], x[:8]), few) <= N * K // 4
 
 
 def test_a_trained_base_weight():

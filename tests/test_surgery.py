@@ -401,6 +401,23 @@ def test_meta_device_then_load_then_initialize(name):
         assert torch.equal(model(x), before)
 
 
+def test_initializing_several_adapters():
+    with torch.device("meta"):
+        model = Net()
+    dk.adapt(model, dk.VeRA(r=2), LAYERS, adapter_name="one")
+    dk.adapt(model, dk.LoRA(r=2), ["first"], adapter_name="two")
+    model.load_state_dict(Net().state_dict(), strict=False, assign=True)
+    dk.initialize(model)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"first.adapters.two.down", "first.adapters.two.up"}
+    dk.set_adapter(model, "one")
+    trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"core", "up_scale"}
+    one, two = (model.get_submodule(layer).adapters["one"] for layer in LAYERS)
+    assert one.shared_up is two.shared_up
+    torch.testing.assert_close(model(inputs()), Net()(inputs()))
+
+
 def test_initializing_fails_as_a_whole():
     with torch.device("meta"):
         model = Net()
@@ -524,9 +541,9 @@ def test_modules_to_save():
 
 def test_modules_to_save_of_two_adapters_and_under_two_names():
     model = Net()
-    model.alias = model.head
+    model.others = nn.ModuleList([model.head])
     dk.adapt(model, dk.LoRA(r=2), LAYERS, adapter_name="one", modules_to_save=["head"])
-    assert model.alias is model.head
+    assert model.others[0] is model.head
     perturb(model)
     one = model(inputs())
     dk.adapt(model, dk.LoRA(r=2), LAYERS, adapter_name="two", modules_to_save=["head"])
@@ -536,7 +553,7 @@ def test_modules_to_save_of_two_adapters_and_under_two_names():
     dk.adapt(model, dk.LoRA(r=2), LAYERS, adapter_name="three")
     torch.testing.assert_close(model(inputs()), Net()(inputs()))  # the original head
     dk.remove(model)
-    assert model.alias is model.head
+    assert model.others[0] is model.head
     assert type(model.head) is nn.Linear
 
 

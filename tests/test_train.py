@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import decomp_kernels as dk
+from decomp_kernels.bench import peers
 from decomp_kernels.cli import checkpoint, checks, compare, folder, loop
 from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.main import main
@@ -252,7 +253,7 @@ HARD = [
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(command, tmp_path):
     """kill -9 in the middle of the first method; the run then goes on in another process."""
-    steps = 60
+    steps = 30
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-m", "decomp_kernels.cli.main", *command(*HARD, steps=steps)]
     process = subprocess.Popen(arguments, env=environment, stderr=subprocess.DEVNULL)
@@ -521,7 +522,7 @@ def test_adalora_moves_ranks_and_lora_dash_selects(command, tmp_path):
 
 def test_the_pattern_constraint_changes_training(command, tmp_path, capsys):
     for output, more in (("without", []), ("with", ["--mpc", "d", "--mpc-coef", "0.5"])):
-        assert main(command("--method", "lora", *more, output=output)) == 0
+        assert main(command("--method", "lora", "--lr", "0.02", *more, output=output)) == 0
     ends = []
     for output in ("without", "with"):
         tensors = weights(tmp_path / output, "lora")
@@ -595,6 +596,47 @@ def test_a_peer_computes_what_ours_does_at_the_start(models, name):
     torch.testing.assert_close(task.outputs(peer.eval(), 2), task.outputs(ours, 2))
     task.loss(peer, [0, 1]).backward()
     assert all(p.grad is not None for p in trained)
+
+
+@pytest.mark.parametrize("name", sorted({*peers.CONFIGS, *peers.FORMULAS}))
+def test_a_peer_leaves_the_shared_weights_alone(models, name):
+    """PiSSA's initialisation writes to its base; nothing may write to that of the others."""
+    from transformers import AutoModel, AutoTokenizer
+
+    base = AutoModel.from_pretrained(models["encoder"]).eval().requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    tokenizer = AutoTokenizer.from_pretrained(models["encoder"])
+    rows = [("w1 w2", "w3"), ("w4", "w5 w6 w7")]
+    task = Retrieval(rows, rows, tokenizer, 32, "mean")
+    names = ["encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense"]
+    options = {"oft": {"block_size": 8}, "sparse": {"r": 2}}.get(name, {})
+    found = compare.peer_of(base, dk.methods()[name](**options), names)
+    assert found is not None
+    task.loss(found[0], [0, 1]).backward()
+    for name, tensor in base.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_peer_that_peft_refuses_is_said(models, capsys):
+    from transformers import AutoModel
+
+    base = AutoModel.from_pretrained(models["encoder"])
+    assert compare.peer_of(base, dk.Sparse(), ["encoder.layer.0.attention.self.query"]) is None
+    assert "note: PEFT has no sparse with these options here" in capsys.readouterr().out
+
+
+def test_peers_of_a_model_with_conv1d():
+    """GPT-2 keeps its weights as [in, out]."""
+    from transformers import GPT2Config, GPT2Model
+
+    base = GPT2Model(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+    base.eval().requires_grad_(False)
+    ids = torch.arange(16)[None]
+    for method in (dk.SSB(), dk.LoRA()):
+        peer, _ = compare.peer_of(base, method, ["h.0.attn.c_attn", "h.0.mlp.c_proj"])
+        ours = dk.adapt(compare.twin(base), method, ["h.0.attn.c_attn", "h.0.mlp.c_proj"])
+        one, other = (model.eval()(input_ids=ids).last_hidden_state for model in (peer, ours))
+        torch.testing.assert_close(one, other)
 
 
 def test_the_tolerance_of_the_checks_is_the_rounding_of_the_base(models):

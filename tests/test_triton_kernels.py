@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-
 import triton_checks as checks
 import triton_mutants as mutants
+
 from decomp_kernels.kernels.triton import column_walk, down_projection, up_expansion
 
 # Every dtype and rank, each with a few of the shapes and options, all of which come about.

@@ -44,7 +44,7 @@ def mask(rows, cols):
 
 
 def agree(actual, eager, exact, name, single):
-    """As good as PyTorch in the same dtypes; where the result is float32, to float32's precision."""
+    """As good as PyTorch in the same dtypes; a float32 result, to float32's precision."""
     assert actual.shape == exact.shape, name
     if single:
         assert relative_error(actual, exact) < SINGLE, (name, relative_error(actual, exact))

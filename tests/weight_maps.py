@@ -107,10 +107,12 @@ def check(kind, dense, mapped, terms, impl, **options):
 
 
 def check_build(build, dense, mapped, weight):
-    """One rounding of the float64 result, but for float32 noise."""
+    """One rounding of the float64 result, but for float32 noise; under autocast the same bits."""
     exact = dense(weight.double(), **{k: _double(v) for k, v in mapped.items()})
     with torch.no_grad():
         built = build(weight)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(build(weight), built), "autocast must not reach the products"
     assert built.dtype == weight.dtype and built.is_contiguous()
     nearest = exact.to(weight.dtype).double()
     noise = 4e-6 * exact.abs().max() if weight.dtype != torch.float64 else 1e-12

@@ -28,13 +28,14 @@ def saved_bytes(contender: Contender, excluded: Iterable[Tensor]) -> int:
 
     ``excluded``: tensors whose storages exist anyway (parameters and buffers).
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    known = {part.untyped_storage().data_ptr() for tensor in excluded for part in _dense(tensor)}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = tensor  # held, so that no address is used twice
+        for part in _dense(tensor):
+            address = part.untyped_storage().data_ptr()
+            if address not in known:
+                kept[address] = part  # held, so that no address is used twice
         return tensor
 
     contender.reset()
@@ -44,6 +45,13 @@ def saved_bytes(contender: Contender, excluded: Iterable[Tensor]) -> int:
     contender.backward(out)
     contender.reset()
     return total
+
+
+def _dense(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors that hold the values: a sparse one has no storage of its own."""
+    if tensor.layout == torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    return (tensor,)
 
 
 def _cpu_peak(contender: Contender) -> int:

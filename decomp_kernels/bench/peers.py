@@ -72,13 +72,26 @@ def _ia3(feedforward: list[str]) -> Any:
     return IA3Config(feedforward_modules=feedforward, **_TARGET)
 
 
-def _vera(method: Any) -> Any:
-    from peft import VeraConfig
+def _oft(method: Any) -> Any:
+    from peft import OFTConfig
 
-    return VeraConfig(
-        r=method.r, vera_dropout=method.dropout, d_initial=method.d_initial,
-        projection_prng_key=method.projection_prng_key, **_TARGET,
+    return OFTConfig(
+        r=method.r or 0, oft_block_size=method.block_size or 0,
+        use_cayley_neumann=method.use_cayley_neumann, **_TARGET,
     )  # fmt: skip
+
+
+def _same_options(config: str, **names: str) -> Callable[[Any], Any]:
+    """A configuration whose options are ours: PEFT's name = our name; None is PEFT's default."""
+
+    def make(method: Any) -> Any:
+        import peft
+
+        options = {theirs: getattr(method, ours) for theirs, ours in names.items()}
+        given = {name: value for name, value in options.items() if value is not None}
+        return getattr(peft, config)(**given, **_TARGET)
+
+    return make
 
 
 CONFIGS: dict[str, Callable[[Any], Any]] = {
@@ -86,7 +99,15 @@ CONFIGS: dict[str, Callable[[Any], Any]] = {
     "dora": lambda method: _low_rank(method, use_dora=True),
     "pissa": lambda method: _low_rank(method, init_lora_weights="pissa_niter_4"),
     "adalora": _adalora,
-    "vera": _vera,
+    "vera": _same_options("VeraConfig", r="r", vera_dropout="dropout", d_initial="d_initial"),
+    "hira": _same_options("HiraConfig", r="r"),
+    "liera": _same_options("HiraConfig", r="r"),
+    "loha": _same_options("LoHaConfig", r="r", alpha="alpha"),
+    "lokr": _same_options("LoKrConfig", r="r", alpha="alpha", decompose_both="decompose_both"),
+    "oft": _oft,
+    "boft": _same_options("BOFTConfig", boft_block_size="block_size", boft_block_num="block_num"),
+    "hra": _same_options("HRAConfig", r="r", apply_GS="apply_GS"),
+    "sparse": _same_options("ShiraConfig", r="r"),
     "ia3": lambda method: _ia3([]),
     "ssl": lambda method: _ia3(["0"]),
 }

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from decomp_kernels.bench import engine, memory, peers
-from decomp_kernels.cli.errors import need
+from decomp_kernels.cli.errors import need, one_line
 from decomp_kernels.cli.models import training_mode
 from decomp_kernels.cli.tasks import Task
 from decomp_kernels.linear import Decomposed
@@ -54,17 +54,25 @@ def peer_of(model: nn.Module, method: Method, adapted: list[str]) -> tuple[nn.Mo
         made = twin(model)
         for name in adapted:
             parent, _, last = name.rpartition(".")
-            setattr(made.get_submodule(parent), last, formula(made.get_submodule(name), method))
+            linear = _as_linear(made.get_submodule(name))
+            setattr(made.get_submodule(parent), last, formula(linear, method))
         return made, "authors' formula"
     if method.name not in peers.CONFIGS or find_spec("peft") is None:
         return None
-    config = peers.CONFIGS[method.name](method)
-    config.target_modules = set(adapted)
-    if getattr(config, "feedforward_modules", None):
-        config.feedforward_modules = set(adapted)
+    peft = need("peft", "bench")
+    # PiSSA writes its residual into the base weights, which are everyone's.
+    copied = copy.deepcopy(model) if method.name == "pissa" else twin(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return need("peft", "bench").get_peft_model(twin(model), config), "PEFT"
+        try:
+            config = peers.CONFIGS[method.name](method)
+            config.target_modules = set(adapted)
+            if getattr(config, "feedforward_modules", None):
+                config.feedforward_modules = set(adapted)
+            return peft.get_peft_model(copied, config), "PEFT"
+        except ValueError as error:  # options or shapes that it does not take
+            print(f"note: PEFT has no {method.name} with these options here: {one_line(error)}")
+            return None
 
 
 def compare(
@@ -112,6 +120,17 @@ def compare(
             )
         )  # fmt: skip
     return results
+
+
+def _as_linear(module: Any) -> nn.Linear:
+    """GPT-2's Conv1D as the nn.Linear that computes the same; an nn.Linear as it is."""
+    if isinstance(module, nn.Linear):
+        return module
+    K, N = module.weight.shape
+    linear = nn.Linear(K, N, bias=module.bias is not None, device="meta")
+    linear.weight = nn.Parameter(module.weight.T, requires_grad=False)
+    linear.bias = module.bias
+    return linear
 
 
 def _contender(

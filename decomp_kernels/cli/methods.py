@@ -11,6 +11,10 @@ from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.text import aligned
 
 HEADER = ("method", "W'", "trainable, a layer", "mergeable", "same function in PEFT", "paper")
+DOCUMENT = (
+    "method", "class", "W'", "trainable parameters of a layer", "mergeable",
+    "same function in PEFT", "paper",
+)  # fmt: skip
 SIZES = "W [N, K] as in nn.Linear (N outputs, K inputs), r the rank."
 
 
@@ -37,13 +41,16 @@ def rows() -> list[list[str]]:
 
 
 def markdown() -> str:
-    lines = [f"| {' | '.join(HEADER)} |", "|---" * len(HEADER) + "|"]
+    """docs/methods.md, which `make docs` writes with this; its links are relative to docs/."""
+    lines = [f"| {' | '.join(DOCUMENT)} |", "|---" * len(DOCUMENT) + "|"]
     for row in rows():
         name, formula, trains, mergeable, peft, paper = (c.replace("|", "\\|") for c in row)
         number = paper.removeprefix("arXiv:")
         if number != paper:
             paper = f"[{paper}](https://arxiv.org/abs/{number})"
-        cells = [f"`{name}`", f"`{formula}`", f"`{trains}`", mergeable, peft, paper]
+        cls = _registry()[name].__name__
+        link = f"[`{cls}`](api.md#{cls.lower()})"
+        cells = [f"`{name}`", link, f"`{formula}`", f"`{trains}`", mergeable, peft, paper]
         lines.append(f"| {' | '.join(cells)} |")
     sizes = SIZES.replace("nn.Linear", "`nn.Linear`")
     return f"# Methods\n\n{sizes}\n\n" + "\n".join(lines) + "\n"

@@ -28,7 +28,7 @@ from decomp_kernels.cli.retrieval import Retrieval
 from decomp_kernels.cli.tasks import Scores, Task, gain_interval
 from decomp_kernels.cli.text import counted
 
-BUILT_IN_STEPS = 80
+BUILT_IN_STEPS = 60
 
 
 @dataclass
@@ -186,11 +186,11 @@ def _announce(
     device: torch.device,
 ) -> None:
     size = sum(p.numel() for p in pretrained.model.parameters()) / 1e6
-    threads = torch.get_num_threads()
+    threads, rows = torch.get_num_threads(), counted(len(data.train), "row")
     labels = ", ".join(choice.label for choice in options.method)
     print(
         f"model   {pretrained.name}, {size:.1f} M parameters, {options.dtype}\n"
-        f"data    {data.name}: {counted(len(data.train), 'row')} and {len(data.held_out):,} held out\n"
+        f"data    {data.name}: {rows} and {len(data.held_out):,} held out\n"
         f"task    {pretrained.task}\n"
         f"train   {labels}: {counted(steps, 'step')} of {options.batch_size} rows each\n"
         f"on      {device}, {threads} thread{'s' * (threads != 1)}, torch {torch.__version__}, "

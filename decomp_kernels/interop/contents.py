@@ -58,10 +58,10 @@ def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, d
 
 
 def saved_options(method: Method) -> dict[str, Any]:
-    """The options that say what is computed: not ``impl``, and not those that tensors hold."""
+    """The options that say what is computed, and not ``impl``, which says where."""
     found = {}
     for field in fields(method):
-        if field.name == "impl" or not field.metadata.get("saved", True):
+        if field.name == "impl":
             continue
         value = getattr(method, field.name)
         plain = value if isinstance(value, tuple | list) else (value,)

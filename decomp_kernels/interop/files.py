@@ -110,9 +110,7 @@ def _write(folder: Path, description: Description, tensors: dict[str, Tensor]) -
                 digest.update(piece)
                 file.write(piece)
             _flush(file)
-        path = folder / _tensor_file(digest.hexdigest())
-        if not path.exists():  # else the adapter in the folder may be made of it
-            new = path
+        path = new = folder / _tensor_file(digest.hexdigest())
         os.replace(scratch, path)
         with open(scratch, "xb") as file:
             file.write(to_text(replace(description, sha256=digest.hexdigest())).encode())
@@ -122,7 +120,9 @@ def _write(folder: Path, description: Description, tensors: dict[str, Tensor]) -
     except BaseException:
         with suppress(OSError):
             scratch.unlink(missing_ok=True)
-            if new is not None and not _is_in_use(new):  # an interrupt may come after the renaming
+            # adapter.json names it where the same adapter was saved before, and where an interrupt
+            # came just after the last renaming.
+            if new is not None and not _is_in_use(new):
                 new.unlink(missing_ok=True)
         raise
     # The new adapter is in place: what follows may fail without harm.
@@ -250,9 +250,15 @@ def _filled(
                 owner._parameters[last] = parameters[key]
             else:
                 owner._buffers[last] = values[key]
-        layer = fitted.layers[path]
+        base = fitted.layers[path].base(path)
         adapter.initialized = True
-        adapter.method.refresh(adapter, layer.base(path))
+        try:
+            adapter.method.check_values(adapter, base)
+        except ValueError as error:
+            raise AdapterFileError(
+                f"the file's tensors for {path or 'the model'} cannot be right: {error}"
+            ) from None
+        adapter.method.refresh(adapter, base)
         left = [n for n, t in (*adapter.named_parameters(), *adapter.named_buffers()) if t.is_meta]
         if left:
             raise AdapterFileError(

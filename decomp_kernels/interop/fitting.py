@@ -20,7 +20,7 @@ from decomp_kernels.interop.description import (
 )
 from decomp_kernels.interop.fingerprint import base_record, difference
 from decomp_kernels.interop.tensor_file import FLOATING, dtype_name
-from decomp_kernels.linear import Decomposed, decomposed_class, stand_in
+from decomp_kernels.linear import Decomposed, adapted_layers, decomposed_class, stand_in
 from decomp_kernels.making import make_shared
 from decomp_kernels.methods.base import METHODS, Adapter, Method
 from decomp_kernels.saved_modules import TrainedCopy, copy_of, trained_copies
@@ -87,7 +87,7 @@ def _layers(model: nn.Module, description: Description) -> dict[str, Any]:
     modules = dict(model.named_modules())
     inside = tuple(f"{path}." for path in (*description.modules, *trained_copies(model)))
     found: dict[str, Any] = {}
-    owners: dict[int, str] = {}
+    owners = {id(layer.weight): path for path, layer in adapted_layers(model).items()}
     for path, (_, base) in description.layers.items():
         module = modules.get(path)
         if module is None or f".{path}".find(".adapters.") >= 0:
@@ -154,10 +154,9 @@ def _blanks(
     for (index, _), members in groups.items():
         method, path = methods[index], next(iter(members))
         try:
-            with torch.random.fork_rng(devices=()):
-                shared = make_shared(dict.fromkeys(members, method), members)[repr(method)]
-                for path, empty in members.items():
-                    made[path] = empty.make_adapter(method, path, None, shared)
+            shared = make_shared(dict.fromkeys(members, method), members)[repr(method)]
+            for path, empty in members.items():
+                made[path] = empty.make_adapter(method, path, None, shared)
         except (ValueError, TypeError, RuntimeError, OverflowError, MemoryError) as error:
             raise AdapterFileError(
                 f"the file's options of {method.name} do not fit {path or 'the model'}: {error}"
@@ -204,7 +203,12 @@ def _layer_places(
                     "are one; it is damaged: save the adapter again"
                 )
             dtypes = (weight.dtype, wide) if tensor.is_floating_point() else (tensor.dtype,)
-            places.setdefault(key, Place(tuple(tensor.shape), dtypes, weight.device, tensor.dtype))
+            place = Place(tuple(tensor.shape), dtypes, weight.device, tensor.dtype)
+            if places.setdefault(key, place).device != place.device:
+                raise AdapterFileError(
+                    f"{own} and {key} are one tensor, and their layers are on {place.device} and "
+                    f"{places[key].device}; move the model to one device first"
+                )
     expected = {layer_key(p, n) for p, blank in blanks.items() for n in blank.state_dict()}
     for key, holder in description.shared.items():
         if key not in expected or holder not in expected or holder in description.shared:

@@ -189,7 +189,13 @@ class Method:
         raise NotImplementedError
 
     def refresh(self, adapter: Adapter, base: Base) -> None:
-        """Make anew what was derived from the base weight, which was loaded or converted."""
+        """Make anew what was derived from the base weight, which was loaded or converted.
+
+        Also where the adapter comes from a file: of its buffers only persistent ones are in there.
+        """
+
+    def check_values(self, adapter: Adapter, base: Base) -> None:
+        """Raise ValueError where tensors of the right shapes hold what cannot be, from a file."""
 
     def lower(self, adapter: Adapter, base: Base) -> Factors:
         """The factors of this forward.  Methods that override forward and merged need none."""

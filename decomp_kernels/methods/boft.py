@@ -81,6 +81,12 @@ class BOFT(Method):
         permutations = None if m == 1 else butterfly(base.in_features, b, m, device)
         adapter.register_buffer("permutations", permutations, persistent=False)
 
+    def refresh(self, adapter: Adapter, base: Base) -> None:
+        if adapter.permutations is not None and adapter.permutations.device != base.weight.device:
+            _, b = self.sizes(base.in_features)
+            m, device = self.n_butterfly_factor, base.weight.device
+            adapter.permutations = butterfly(base.in_features, b, m, device)
+
     def lower(self, adapter: Adapter, base: Base) -> Factors:
         with torch.autocast(base.weight.device.type, enabled=False):
             D = adapter.rotation.to(base.scale_dtype)

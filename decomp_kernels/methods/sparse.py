@@ -74,6 +74,9 @@ class Sparse(Method):
     def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(weight_map=Scatter(adapter.rows, adapter.cols, adapter.values))
 
+    def check_values(self, adapter: Adapter, base: Base) -> None:
+        _checked_order(adapter.rows, adapter.cols, (base.out_features, base.in_features))
+
     @torch.no_grad()
     def set_mask(
         self,
@@ -96,13 +99,7 @@ class Sparse(Method):
                 f"{tuple(rows.shape)} and {tuple(cols.shape)}; set density or r to have another "
                 "number"
             )
-        N, K = shape
-        for name, places, size in (("rows", rows, N), ("cols", cols, K)):
-            if count and not 0 <= int(places.min()) <= int(places.max()) < size:
-                raise ValueError(f"{name} must be from 0 to {size - 1} for a weight {tuple(shape)}")
-        flat, order = (rows * K + cols).sort()
-        if bool((flat[1:] == flat[:-1]).any()):
-            raise ValueError("rows and cols must name no place twice")
+        order = _checked_order(rows, cols, shape)
         if values is not None and values.shape != (count,):
             raise ValueError(f"values must have shape ({count},), got {tuple(values.shape)}")
         adapter.rows.copy_(rows[order])
@@ -111,6 +108,18 @@ class Sparse(Method):
             adapter.values.zero_()
         else:
             adapter.values.copy_(values.to(order.device)[order])
+
+
+def _checked_order(rows: Tensor, cols: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The order that sorts the places; ValueError where one is no place of the weight, or twice."""
+    N, K = shape
+    for name, places, size in (("rows", rows, N), ("cols", cols, K)):
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < size:
+            raise ValueError(f"{name} must be from 0 to {size - 1} for a weight {(N, K)}")
+    flat, order = (rows * K + cols).sort()
+    if bool((flat[1:] == flat[:-1]).any()):
+        raise ValueError("rows and cols must name no place twice")
+    return order
 
 
 def largest(matrix: Tensor, count: int) -> Tensor:

@@ -1,10 +1,10 @@
 """W_eff = W R^T, R a product of permuted block diagonals, as an operator
 (maths: reference/block_rotate.py).
 
-``build`` makes the weight of the forward GEMM: 2 N K b operations a step, where rotating x would
-cost 2 M K b.  R acts on x alone, so its gradient needs no gradient of a whole weight:
-``backward`` takes the gradient through W itself and gives d_blocks and dx.  Where something adds
-to that gradient (a low-rank branch, in_scale), ``contract`` makes it with a GEMM of its own.
+R acts on x alone, so its gradient needs no gradient of a whole weight: ``backward`` takes the
+gradient through W itself and gives d_blocks and dx.  Where something adds to that gradient (a
+low-rank branch, in_scale), ``contract`` makes it with a GEMM of its own.  ``build`` makes the
+weight of the forward GEMM, 2 N K b operations; ``forward`` rotates x, 2 M K b, for few tokens.
 """
 
 import torch
@@ -13,13 +13,15 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.factors import BlockRotate
 from decomp_kernels.kernels.aten import block_rotate as aten
-from decomp_kernels.ops.weight_map import check_tensors, outside_autocast
+from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import block_rotate as reference
 
-FROM_INPUT_GRADIENT = True
+ACTS_ON_INPUT = True
 
 _MAP = "Tensor blocks, Tensor? permutations, str impl"
 torch.library.define("decomp_kernels::block_rotate_build", f"(Tensor weight, {_MAP}) -> Tensor")
+torch.library.define("decomp_kernels::block_rotate_fwd", f"(Tensor x, {_MAP}) -> Tensor")
 torch.library.define(
     "decomp_kernels::block_rotate_contract",
     f"(Tensor weight, Tensor g, Tensor x, {_MAP}) -> Tensor",
@@ -36,6 +38,14 @@ def _build(weight, blocks, permutations, impl):
     return (
         _implementation(weight, impl).build(BlockRotate(blocks, permutations), weight).contiguous()
     )
+
+
+@torch.library.impl("decomp_kernels::block_rotate_fwd", "CompositeExplicitAutograd")
+@outside_autocast
+def _fwd(x, blocks, permutations, impl):
+    m = BlockRotate(blocks, permutations)
+    turned = _implementation(x, impl).forward(m, x.reshape(-1, x.shape[-1]))
+    return torch.ops.aten._unsafe_view(turned.contiguous(), x.shape)
 
 
 @torch.library.impl("decomp_kernels::block_rotate_contract", "CompositeExplicitAutograd")
@@ -56,6 +66,11 @@ def _build_fake(weight, blocks, permutations, impl):
     return weight.new_empty(weight.shape)
 
 
+@torch.library.register_fake("decomp_kernels::block_rotate_fwd")
+def _fwd_fake(x, blocks, permutations, impl):
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("decomp_kernels::block_rotate_contract")
 def _contract_fake(weight, g, x, blocks, permutations, impl):
     return blocks.new_empty(blocks.shape)
@@ -71,6 +86,7 @@ def _implementation(x: Tensor, impl: str):
 
 
 build_op = torch.ops.decomp_kernels.block_rotate_build.default
+fwd_op = torch.ops.decomp_kernels.block_rotate_fwd.default
 contract_op = torch.ops.decomp_kernels.block_rotate_contract.default
 bwd_op = torch.ops.decomp_kernels.block_rotate_bwd.default
 
@@ -93,6 +109,11 @@ def check(m: BlockRotate, weight: Tensor) -> None:
 
 def build(m: BlockRotate, weight: Tensor, impl: str) -> Tensor:
     return build_op(weight, m.blocks, m.permutations, impl)
+
+
+def forward(m: BlockRotate, x: Tensor, impl: str) -> Tensor:
+    """x R of x [..., K]."""
+    return fwd_op(x, m.blocks, m.permutations, impl)
 
 
 def contract(

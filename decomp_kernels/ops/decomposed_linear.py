@@ -14,6 +14,7 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import ACTIVATIONS, SingularDiagonal, WeightMap
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
+from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
 from decomp_kernels.ops.map_ops import MAP_OPS
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import decomposed_linear as reference
@@ -40,6 +41,7 @@ torch.library.define(
 
 
 @torch.library.impl("decomp_kernels::decomposed_linear_fwd", "CompositeExplicitAutograd")
+@outside_autocast
 def _fwd(
     x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale, addend,
     seed, scale, dropout, activation, keep, impl,
@@ -61,6 +63,7 @@ def _fwd(
 
 
 @torch.library.impl("decomp_kernels::decomposed_linear_bwd", "CompositeExplicitAutograd")
+@outside_autocast
 def _bwd(
     dy, x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale,
     t, z, seed, scale, dropout, activation, needs, impl,
@@ -168,11 +171,15 @@ class _DecomposedLinear(torch.autograd.Function):
         keep_t = bool(need.up or need.core or curved)
         keep_z = bool(need.out_scale) and not options.save_output
         keep_x = need.weight or need.down or need.in_scale or need_map
+        cast_x, cast_weight = _to(x, compute), _to(weight, compute)
+        if _acts_on_input(options, down, in_scale) and x.numel() < weight.numel():
+            cast_x = _map_op(options).forward(_weight_map(options, mapped), cast_x, options.impl)
+        else:
+            cast_weight = _effective(options, cast_weight, mapped)
         y, t, z = fwd(
-            _to(x, compute), _effective(options, _to(weight, compute), mapped), None, "dense",
-            bias, _to(down, compute), _to(up, compute), core, in_scale, out_scale,
-            _to(addend, compute), seed, options.scale, options.dropout, options.activation,
-            [keep_t, keep_z], options.impl,
+            cast_x, cast_weight, None, "dense", bias, _to(down, compute), _to(up, compute), core,
+            in_scale, out_scale, _to(addend, compute), seed, options.scale, options.dropout,
+            options.activation, [keep_t, keep_z], options.impl,
         )  # fmt: skip
         ctx.options, ctx.x_dtype = options, x.dtype
         ctx.addend_dtype = None if addend is None else addend.dtype
@@ -197,10 +204,7 @@ class _DecomposedLinear(torch.autograd.Function):
         if y is not None:  # save_output: z = y / out_scale
             z = scale_columns(y.reshape(-1, y.shape[-1]), out_scale.reciprocal())
         map_op = _map_op(options) if need_map else None
-        # A rotation acts on x: its gradients come from g W, the gradient of x R, without a GEMM of
-        # their own.  Not where a branch or in_scale adds to the gradient of x.
-        rotates = map_op is not None and map_op.FROM_INPUT_GRADIENT
-        rotates = rotates and down is None and in_scale is None
+        rotates = map_op is not None and _acts_on_input(options, down, in_scale)
         base = cast_weight if rotates else _effective(options, cast_weight, mapped)
         asked = [bool(wanted) for wanted in need]
         asked[0] = bool(need.x or rotates)
@@ -302,7 +306,7 @@ def decomposed_linear(
         dropout=dropout,
         activation=activation,
         save_output=save_output,
-        compute=_autocast_dtype(x),
+        compute=autocast_dtype(x),
         map_kind=None if weight_map is None else type(weight_map),
         map_names=tuple(named),
         map_scale=getattr(weight_map, "scale", None),
@@ -325,18 +329,18 @@ def _map_op(options: _Options):
     return MAP_OPS[options.map_kind.op]
 
 
+def _acts_on_input(options: _Options, down: Tensor | None, in_scale: Tensor | None) -> bool:
+    """Whether the map can turn x, its gradients coming from g W because nothing adds to that."""
+    if options.map_kind is None or down is not None or in_scale is not None:
+        return False
+    return _map_op(options).ACTS_ON_INPUT
+
+
 def _effective(options: _Options, weight: Tensor, mapped: tuple[Tensor, ...]) -> Tensor:
     """The weight of the base GEMM; a mapped one is built anew each time and never kept."""
     if options.map_kind is None:
         return weight
     return _map_op(options).build(_weight_map(options, mapped), weight, options.impl)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _to(t: Tensor | None, dtype: torch.dtype | None):
@@ -354,7 +358,7 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
         )
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dtype != weight.dtype and _autocast_dtype(x) is None:
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(
             f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}; "
             "convert x or run under torch.autocast"
@@ -386,12 +390,12 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
             raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if weight.device != x.device:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
-    if down is not None and _autocast_dtype(x) is None:
+    if down is not None and autocast_dtype(x) is None:
         if down.dtype != up.dtype:
             raise TypeError(f"down and up must have one dtype, got {down.dtype} and {up.dtype}")
         if down.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
             raise TypeError(f"down and up must be {x.dtype} as x is, or float32, got {down.dtype}")
-    if addend is not None and addend.dtype != x.dtype and _autocast_dtype(x) is None:
+    if addend is not None and addend.dtype != x.dtype and autocast_dtype(x) is None:
         raise TypeError(f"addend must be {x.dtype} as x is, got {addend.dtype}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")

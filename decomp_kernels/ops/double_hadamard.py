@@ -11,10 +11,11 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.factors import DoubleHadamard
 from decomp_kernels.kernels.aten import double_hadamard as aten
-from decomp_kernels.ops.weight_map import check_tensors, outside_autocast
+from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import double_hadamard as reference
 
-FROM_INPUT_GRADIENT = False
+ACTS_ON_INPUT = False
 
 _MAP = "Tensor up1, Tensor down1, Tensor up2, Tensor down2, float scale, str impl"
 torch.library.define("decomp_kernels::double_hadamard_build", f"(Tensor weight, {_MAP}) -> Tensor")

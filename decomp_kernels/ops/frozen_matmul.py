@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from decomp_kernels.kernels import gemm
+from decomp_kernels.ops.autocast import outside_autocast
 from decomp_kernels.ops.once import once_differentiable
-from decomp_kernels.ops.weight_map import outside_autocast
 
 torch.library.define("decomp_kernels::frozen_matmul_fwd", "(Tensor weight, Tensor right) -> Tensor")
 torch.library.define("decomp_kernels::frozen_matmul_bwd", "(Tensor weight, Tensor dy) -> Tensor")

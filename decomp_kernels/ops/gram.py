@@ -11,6 +11,7 @@ from torch import Tensor
 
 from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import gram as aten
+from decomp_kernels.ops.autocast import outside_autocast
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import gram as reference
 from decomp_kernels.reference.gram import KINDS, groups, wide
@@ -28,16 +29,16 @@ torch.library.define(
 
 
 @torch.library.impl("decomp_kernels::gram_fwd", "CompositeExplicitAutograd")
+@outside_autocast
 def _fwd(downs, ups, kind, squared, scale, impl):
-    with torch.autocast(downs[0].device.type, enabled=False):  # else the products are bf16
-        loss, residuals = _implementation(downs, impl).forward(downs, ups, kind, squared, scale)
+    loss, residuals = _implementation(downs, impl).forward(downs, ups, kind, squared, scale)
     return loss.to(_loss_dtype(downs, ups)), residuals
 
 
 @torch.library.impl("decomp_kernels::gram_bwd", "CompositeExplicitAutograd")
+@outside_autocast
 def _bwd(d_loss, downs, ups, residuals, squared, scale, impl):
-    with torch.autocast(downs[0].device.type, enabled=False):
-        return _implementation(downs, impl).backward(d_loss, downs, ups, residuals, squared, scale)
+    return _implementation(downs, impl).backward(d_loss, downs, ups, residuals, squared, scale)
 
 
 @torch.library.register_fake("decomp_kernels::gram_fwd")

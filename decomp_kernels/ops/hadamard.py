@@ -10,10 +10,11 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.factors import Hadamard
 from decomp_kernels.kernels.aten import hadamard as aten
-from decomp_kernels.ops.weight_map import check_tensors, outside_autocast
+from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import hadamard as reference
 
-FROM_INPUT_GRADIENT = False
+ACTS_ON_INPUT = False
 
 torch.library.define(
     "decomp_kernels::hadamard_build",

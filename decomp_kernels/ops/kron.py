@@ -8,7 +8,7 @@ from torch import Tensor
 
 from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import kron as aten
-from decomp_kernels.ops.decomposed_linear import _autocast_dtype as autocast_dtype
+from decomp_kernels.ops.autocast import autocast_dtype
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import kron as reference
 

@@ -1,8 +1,9 @@
 """The closed set of weight maps and the operators that build and contract them.
 
 Looked up by ``WeightMap.op``.  Each gives check(m, weight), build(m, weight, impl),
-contract(m, weight, g, x, impl), dense(m, weight) and FROM_INPUT_GRADIENT; where that is True, the
-map acts on x alone, and backward(m, gx, x, impl) does the work of contract from gx = g W.
+contract(m, weight, g, x, impl), dense(m, weight) and ACTS_ON_INPUT.  Where that is True, W_eff is
+W after a linear map of x: forward(m, x, impl) is that map, and backward(m, gx, x, impl) does the
+work of contract, and makes dx, from gx = g W.
 """
 
 from types import ModuleType

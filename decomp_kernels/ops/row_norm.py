@@ -8,6 +8,7 @@ from torch import Tensor
 
 from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import row_norm as aten
+from decomp_kernels.ops.autocast import outside_autocast
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import row_norm as reference
 
@@ -29,19 +30,19 @@ def _squared_rows(weight):
 
 
 @torch.library.impl("decomp_kernels::row_norm_fwd", "CompositeExplicitAutograd")
+@outside_autocast
 def _fwd(weight, weight_sq, down, up, scale, impl):
     chosen = _implementation(weight, impl)
-    with torch.autocast(weight.device.type, enabled=False):  # else float32 products are bf16
-        if chosen is reference:
-            return reference.forward(weight, down, up, scale)
-        return chosen.forward(weight, weight_sq, down, up, scale)
+    if chosen is reference:
+        return reference.forward(weight, down, up, scale)
+    return chosen.forward(weight, weight_sq, down, up, scale)
 
 
 @torch.library.impl("decomp_kernels::row_norm_bwd", "CompositeExplicitAutograd")
+@outside_autocast
 def _bwd(d_norm, norm, weight, down, up, scale, impl):
     chosen = _implementation(weight, impl)
-    with torch.autocast(weight.device.type, enabled=False):
-        d_down, d_up = chosen.backward(d_norm, norm, weight, down, up, scale)
+    d_down, d_up = chosen.backward(d_norm, norm, weight, down, up, scale)
     return d_down.to(down.dtype).contiguous(), d_up.to(up.dtype).contiguous()
 
 

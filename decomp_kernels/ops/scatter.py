@@ -10,10 +10,11 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.factors import Scatter
 from decomp_kernels.kernels.aten import scatter as aten
-from decomp_kernels.ops.weight_map import check_tensors, outside_autocast
+from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import scatter as reference
 
-FROM_INPUT_GRADIENT = False
+ACTS_ON_INPUT = False
 
 _MAP = "Tensor rows, Tensor cols, Tensor values, str impl"
 torch.library.define("decomp_kernels::scatter_build", f"(Tensor weight, {_MAP}) -> Tensor")

@@ -11,10 +11,11 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.factors import SingularDiagonal
 from decomp_kernels.kernels.aten import singular_diagonal as aten
-from decomp_kernels.ops.weight_map import check_tensors, outside_autocast
+from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import singular_diagonal as reference
 
-FROM_INPUT_GRADIENT = False
+ACTS_ON_INPUT = False
 
 _MAP = "Tensor left, Tensor diagonal, Tensor right, str impl"
 torch.library.define(

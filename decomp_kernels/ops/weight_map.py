@@ -1,8 +1,6 @@
-"""What the weight maps' operators share: the check against W [N, K], and work outside autocast."""
+"""What the weight maps' operators share: the check against W [N, K]."""
 
-from collections.abc import Callable, Mapping
-from functools import wraps
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -49,14 +47,3 @@ def check_tensors(
                 f"{what} be {weight.dtype} as the weight is, or float32, got {tensor.dtype}"
             )
     return letters
-
-
-def outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's body in the dtypes that it says: autocast would make its GEMMs 16-bit."""
-
-    @wraps(run)
-    def body(tensor: Tensor, *others: Any) -> Any:
-        with torch.autocast(tensor.device.type, enabled=False):
-            return run(tensor, *others)
-
-    return body

@@ -36,6 +36,15 @@ def build(m: BlockRotate, weight: Tensor) -> Tensor:
     return turned.to(weight.dtype)
 
 
+def forward(m: BlockRotate, x: Tensor) -> Tensor:
+    """x R of x [M, K]."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    turned = x.to(wide)
+    for j in range(m.blocks.shape[0]):
+        turned = rotate(turned, m.blocks[j].to(wide), _permutation(m, j))
+    return turned.to(x.dtype)
+
+
 def contract(m: BlockRotate, weight: Tensor, g: Tensor, x: Tensor) -> Tensor:
     """d_blocks of g [M, N] and x [M, K]."""
     wide = torch.promote_types(weight.dtype, torch.float32)

@@ -23,6 +23,18 @@ def build(m: BlockRotate, weight: Tensor) -> Tensor:
     return built
 
 
+def forward(m: BlockRotate, x: Tensor) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factors = _Factors(m, wide)
+    turned_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for rows in gemm.row_blocks(*x.shape):
+        turned = x[rows].to(wide)
+        for j in range(factors.count):
+            turned = factors.merge(torch.bmm(factors.split(turned, j), factors.blocks[j]), j)
+        turned_x[rows] = turned
+    return turned_x
+
+
 def contract(m: BlockRotate, weight: Tensor, g: Tensor, x: Tensor) -> Tensor:
     return backward(m, g @ weight, x)[0]
 

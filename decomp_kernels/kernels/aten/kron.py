@@ -1,7 +1,9 @@
-"""y = x (C kron D)^T as batched GEMMs (maths: reference/kron.py).
+"""y = x (C kron D)^T as batched GEMMs in row blocks (maths: reference/kron.py).
 
 2 M (K c + N b) operations for K = b d, N = a c.  Factors wider than x keep their precision: x is
-converted in row blocks that stay in cache, never as a whole.
+converted block by block, never as a whole.  The factors' gradients are products of each token's
+[a, c], [b, c] and [b, d] matrices, summed over the tokens in float32: nothing is transposed in
+memory, and no sum is so long that float32 shows it.
 """
 
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ def forward(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     (a, b), (c, d) = C.shape, D.shape
     x = x.contiguous()
     y = x.new_empty(x.shape[0], a * c)
-    for rows in _row_blocks(x, compute, a * c):
+    for rows in _row_blocks(x.shape[0], a * c, b * d):
         H = (x[rows].to(compute).view(-1, d) @ D.T).view(-1, b, c)
         y[rows] = (C @ H).view(-1, a * c)
     return y
@@ -33,20 +35,22 @@ def backward(
     (a, b), (c, d) = C.shape, D.shape
     dy, x = dy.contiguous(), None if x is None else x.contiguous()
     dx = dy.new_empty(dy.shape[0], b * d) if need_x else None
-    d_left = C.new_zeros(a, b) if need_left else None
-    d_right = D.new_zeros(c, d) if need_right else None
-    for rows in _row_blocks(dy, compute, b * d):
+    wide = torch.promote_types(compute, torch.float32)
+    d_left = C.new_zeros(a, b, dtype=wide) if need_left else None
+    d_right = D.new_zeros(c, d, dtype=wide) if need_right else None
+    for rows in _row_blocks(dy.shape[0], a * c, b * d, a * b, c * d):
         dY = dy[rows].to(compute).view(-1, a, c)
         X = None if x is None else x[rows].to(compute).view(-1, b, d)
         if d_left is not None and X is not None:
-            d_left += torch.einsum("mac,mbc->ab", dY, X @ D.T)
+            H = (X.view(-1, d) @ D.T).view(-1, b, c)
+            d_left += torch.bmm(dY, H.mT).sum(0, dtype=wide)
         if dx is None and d_right is None:
             continue
-        dH = (C.T @ dY).view(-1, c)
+        dH = C.T @ dY  # [rows, b, c]
         if dx is not None:
-            dx[rows] = (dH @ D).view(-1, b * d)
+            dx[rows] = (dH.view(-1, c) @ D).view(-1, b * d)
         if d_right is not None and X is not None:
-            d_right.addmm_(dH.T, X.view(-1, d))
+            d_right += torch.bmm(dH.mT, X).sum(0, dtype=wide)
     return (
         dx,
         None if d_left is None else d_left.to(left.dtype),
@@ -58,9 +62,5 @@ def _compute_dtype(x: Tensor, left: Tensor, right: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.promote_types(left.dtype, right.dtype))
 
 
-def _row_blocks(rows: Tensor, compute: torch.dtype, others: int) -> Iterator[slice]:
-    """All rows at once where nothing is converted."""
-    M, width = rows.shape
-    if compute == rows.dtype:
-        return iter([slice(0, M)])
-    return gemm.row_blocks(M, max(width, others), gemm.OUTER_ELEMENTS)
+def _row_blocks(M: int, *widths: int) -> Iterator[slice]:
+    return gemm.row_blocks(M, max(widths), gemm.OUTER_ELEMENTS)

@@ -16,10 +16,9 @@ _SPARSE = 128
 
 
 def build(m: Scatter, weight: Tensor) -> Tensor:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    changed = weight[m.rows, m.cols].to(wide).add_(m.values)
+    changed = (weight[m.rows, m.cols] + m.values).to(weight.dtype)
     built = weight.clone(memory_format=torch.contiguous_format)
-    return built.index_put_((m.rows, m.cols), changed.to(weight.dtype))
+    return built.index_put_((m.rows, m.cols), changed)
 
 
 def contract(m: Scatter, weight: Tensor, g: Tensor, x: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ Definition of the mask: reference/dropout.py.
 import triton
 import triton.language as tl
 
-# The interpreter multiplies the bit patterns of bf16 operands, and truncates to bf16.  Here operands
+# The interpreter multiplies the bit patterns of bf16 operands, and truncates to bf16.  So operands
 # are widened first, which gives what the matrix units give (products of bf16 are exact in float32),
-# and rounding is to nearest even, as it is in hardware.
+# and rounding to nearest even, as in hardware, is done by hand.
 _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 

@@ -1,0 +1,30 @@
+"""How operators meet autocast: which dtype it asks for, and bodies that it must not touch."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast would run a linear of ``x``, None where it would not."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator's body in the dtypes that it says: autocast would make its GEMMs 16-bit."""
+
+    @wraps(run)
+    def body(first: Tensor | list[Tensor], *others: Any) -> Any:
+        device = (first[0] if isinstance(first, list) else first).device.type
+        if not torch.is_autocast_enabled(device):
+            return run(first, *others)
+        with torch.autocast(device, enabled=False):
+            return run(first, *others)
+
+    return body
