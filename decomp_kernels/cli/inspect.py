@@ -69,22 +69,20 @@ def inspect(
 ) -> Iterator[dict[str, Any]]:
     """One row for each kernel, shipped configuration and architecture.
 
-    In bf16 with every option of the kernel; ``everything`` takes each dtype and option, and sizes
-    that are no multiples of 16 too.  last_entry: one configuration a kernel.
+    On a bf16 base with every option of the kernel, the adapter as the configuration is for;
+    ``everything`` takes each dtype and option.  last_entry: one configuration a kernel.
     """
-    from decomp_kernels.kernels.triton.configurations import entries
+    from decomp_kernels.kernels.triton.configurations import entries, suits
 
     for kernel in kernels or KERNELS:
         module = importlib.import_module(f"decomp_kernels.kernels.triton.{kernel}")
         for number, entry in list(enumerate(entries(kernel)))[-1 if last_entry else 0 :]:
-            specimens = [
-                s
-                for s in module.specimens(entry["config"])
-                if everything or s.name.startswith("bf16")
-            ]
+            found = list(module.specimens(entry["config"]))
+            specimens = [s for s in found if suits(entry, s.name.split()[0].endswith("fp32"))]
             if not everything:
-                narrow = [s for s in specimens if not s.name.startswith("bf16-")]
-                specimens = narrow[-1:]
+                specimens = [s for s in specimens if s.name.startswith("bf16")]
+                first = specimens[0].name.split()[0]  # bf16, or bf16-fp32 where it is for float32
+                specimens = [s for s in specimens if s.name.split()[0] == first][-1:]
             for specimen in specimens:
                 for arch in architectures or LIMITS:
                     if entry["arch"] in ("any", arch):

@@ -15,6 +15,7 @@ from decomp_kernels.factors import ACTIVATIONS, SingularDiagonal, WeightMap
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
 from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
+from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.map_ops import MAP_OPS
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import decomposed_linear as reference
@@ -120,15 +121,7 @@ def _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs):
 
 
 def _implementation(x: Tensor, impl: str):
-    match dispatch.choose(x, impl, has=dispatch.IMPLS):
-        case "reference":
-            return reference
-        case "triton:passes":
-            from decomp_kernels.kernels.triton import decomposed_linear as triton
-
-            return triton
-        case _:
-            return aten
+    return implementation(x, impl, reference, aten, "decomposed_linear")
 
 
 def _absent(like: Tensor) -> Tensor:

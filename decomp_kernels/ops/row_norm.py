@@ -6,9 +6,9 @@ Formula and gradients: reference/row_norm.py.  DoRA (arXiv 2402.09353) divides i
 import torch
 from torch import Tensor
 
-from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import row_norm as aten
 from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import row_norm as reference
 
@@ -63,15 +63,7 @@ def _bwd_fake(d_norm, norm, weight, down, up, scale, impl):
 
 
 def _implementation(weight: Tensor, impl: str):
-    match dispatch.choose(weight, impl, has=dispatch.IMPLS):
-        case "reference":
-            return reference
-        case "triton:passes":
-            from decomp_kernels.kernels.triton import row_norm as triton
-
-            return triton
-        case _:
-            return aten
+    return implementation(weight, impl, reference, aten, "row_norm")
 
 
 squared_rows = torch.ops.decomp_kernels.squared_rows.default

@@ -109,7 +109,7 @@ def column_walk(
     M, N = big.shape
     small = right if right is not None else left
     R = 1 if small is None else small.shape[1]
-    config = configuration("column_walk", big.device, M=M, r=R)
+    config = _configuration(big, R, (right, left))
     block_m, block_n, block_r = config["BLOCK_M"], config["BLOCK_N"], config["BLOCK_R"]
     strips, rank_blocks = triton.cdiv(N, block_n), triton.cdiv(R, block_r)
     shares = min(config["SHARES"], max(1, triton.cdiv(M, block_m)))
@@ -139,17 +139,23 @@ def column_walk(
     return u, c, s, p
 
 
-def partials_are_cheap(big: Tensor, r: int) -> bool:
+def partials_are_cheap(big: Tensor, right: Tensor) -> bool:
     """Whether u's partials, written and read once, are fewer bytes than another read of ``big``."""
-    block_n = configuration("column_walk", big.device, M=big.shape[0], r=r)["BLOCK_N"]
-    return 2 * 4 * r <= block_n * big.element_size()
+    R = right.shape[1]
+    return _configuration(big, R, (right,))["BLOCK_N"] * big.element_size() >= 2 * 4 * R
+
+
+def _configuration(big: Tensor, R: int, small: tuple[Tensor | None, ...]) -> dict[str, Any]:
+    float32 = any(t is not None and t.dtype == torch.float32 for t in (big, *small))
+    adapter = torch.float32 if float32 else big.dtype
+    return configuration("column_walk", big.device, adapter, M=big.shape[0], r=R)
 
 
 def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
     over_dy = {"HAS_U": True, "HAS_C": True, "HAS_S": True, "HAS_P": True, "HAS_DROPOUT": False}
     over_x = {"HAS_U": False, "HAS_C": True, "HAS_S": False, "HAS_P": False, "HAS_DROPOUT": True}
     for dtypes, (wide, adapter) in DTYPES.items():
-        for name, has in (("dy", over_dy), ("x dropout", over_x)):
+        for name, has in (("x dropout", over_x), ("dy", over_dy)):
             pointers = {
                 "right_ptr": adapter if has["HAS_U"] else None, "left_ptr": adapter,
                 "other_ptr": wide if has["HAS_P"] else None,

@@ -1,7 +1,8 @@
 """Which tile a Triton kernel runs with: the first entry of configs/<kernel>.json that fits.
 
-An entry fits where its ``arch`` is the device's ("any" fits all) and every limit in its ``when``
-({"M_max": 16, "r_max": 32}) holds.  ``measured`` says on what it was measured, false if on nothing.
+An entry fits where its ``arch`` is the device's ("any" fits all), its ``adapter`` is "float32" or
+"narrow" as the rank-r operand is (none fits both: float32 takes more registers), and every limit in
+its ``when`` ({"M_max": 16, "r_max": 32}) holds.  ``measured``: on what, or false if on nothing.
 ``warpgroup``: in bf16 the products run on a whole warp group's matrix unit (sm_90, sm_100).
 """
 
@@ -15,16 +16,26 @@ import torch
 from decomp_kernels import dispatch
 
 
-def configuration(kernel: str, device: torch.device, **sizes: int) -> dict[str, Any]:
+def configuration(
+    kernel: str, device: torch.device, adapter: torch.dtype, **sizes: int
+) -> dict[str, Any]:
     """Tile sizes and launch options of ``kernel`` for these sizes on this device."""
     arch = dispatch.architecture(device)
     for entry in entries(kernel):
         limits = entry["when"].items()
-        if entry["arch"] in (arch, "any") and all(
-            sizes[limit.removesuffix("_max")] <= most for limit, most in limits
+        if (
+            entry["arch"] in (arch, "any")
+            and suits(entry, adapter == torch.float32)
+            and all(sizes[limit.removesuffix("_max")] <= most for limit, most in limits)
         ):
             return entry["config"]
     raise LookupError(f"configs/{kernel}.json has no entry for any size; its last must have none")
+
+
+def suits(entry: dict[str, Any], float32: bool) -> bool:
+    """Whether an entry is for rank-r operands of that width."""
+    kind = "float32" if float32 else "narrow"
+    return entry.get("adapter", kind) == kind
 
 
 @cache

@@ -93,7 +93,7 @@ def backward(
         if need.up and phi is not None:
             left = (phi if core is None else phi * core.float()).mul(scale).to(up.dtype)
     u = d_up = d_bias = d_out = None
-    if right is not None and not partials_are_cheap(dy, right.shape[1]):
+    if right is not None and not partials_are_cheap(dy, right):
         u, right = down_projection(dy, right.T, dtype=torch.float32), None
     if right is not None or left is not None or need.bias or need.out_scale:
         walked, d_up, d_bias, d_out = column_walk(

@@ -77,7 +77,7 @@ def down_projection(
     x, down = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, down))
     dtype = down.dtype if dtype is None else dtype
     dropping = dropout > 0.0 and seed is not None
-    config = configuration("down_projection", x.device, M=M, r=R)
+    config = configuration("down_projection", x.device, down.dtype, M=M, r=R)
     blocks = triton.cdiv(K, config["BLOCK_K"])
     shares = min(config["SHARES"], blocks)
     t = torch.empty((shares, M, R), dtype=torch.float32 if shares > 1 else dtype, device=x.device)

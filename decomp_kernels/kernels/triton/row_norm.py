@@ -62,7 +62,7 @@ def forward(weight: Tensor, weight_sq: Tensor, down: Tensor, up: Tensor, scale: 
     wide_down = down.float()
     inner = scale * (up.float() @ (wide_down @ wide_down.T))
     norm = torch.empty(N, dtype=torch.float32, device=weight.device)
-    config = configuration("row_norm", weight.device, M=N, r=R)
+    config = configuration("row_norm", weight.device, down.dtype, M=N, r=R)
     _kernel[(triton.cdiv(N, config["BLOCK_M"]),)](
         weight, weight_sq, down, up, inner, norm, N, K, R, weight.stride(0), scale,
         **tiles(config), **launch_options(config),

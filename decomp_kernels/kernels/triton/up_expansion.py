@@ -76,7 +76,7 @@ def up_expansion(
     (M, R), C = v.shape, small.shape[1]
     dropping = dropout > 0.0 and seed is not None
     out = torch.empty(M, C, dtype=dtype, device=v.device)
-    config = configuration("up_expansion", v.device, M=M, r=R)
+    config = configuration("up_expansion", v.device, v.dtype, M=M, r=R)
     if M and C:
         _kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(C, config["BLOCK_C"]))](
             v.contiguous(), small, bias, None if addend is None else addend.contiguous(),
