@@ -50,7 +50,8 @@ def _fwd(
     _check_format(weight_scale, weight_format)
     N, K = weight.shape
     rows = x.reshape(-1, K)
-    y, t, z = _implementation(x, impl).forward(
+    chosen = implementation(x, impl, reference, aten, "decomposed_linear")
+    y, t, z = chosen.forward(
         rows, weight, bias, down, up, core, in_scale, out_scale,
         None if addend is None else addend.reshape(-1, N),
         seed, scale, dropout, activation,
@@ -71,7 +72,8 @@ def _bwd(
 ):  # fmt: skip
     _check_format(weight_scale, weight_format)
     N, K = weight.shape
-    grads = _implementation(dy, impl).backward(
+    chosen = implementation(dy, impl, reference, aten, "decomposed_linear")
+    grads = chosen.backward(
         dy.reshape(-1, N), None if x is None else x.reshape(-1, K), weight, bias, down, up, core,
         in_scale, out_scale, t, z, seed, scale, dropout, activation, needs,
     )  # fmt: skip
@@ -118,10 +120,6 @@ def _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs):
         out_scale if need.out_scale else None,
         dy if need.addend else None,
     )
-
-
-def _implementation(x: Tensor, impl: str):
-    return implementation(x, impl, reference, aten, "decomposed_linear")
 
 
 def _absent(like: Tensor) -> Tensor:
