@@ -458,7 +458,7 @@ def test_a_tensor_of_a_wrong_shape(name):
         if "shared" in tensor_name:  # larger ones are another layer's, a smaller one is too small
             bad = nn.Parameter(torch.ones(*(size - 1 for size in shape)), requires_grad=False)
         setattr(changed.adapters["default"], tensor_name, bad)
-        with pytest.raises((ValueError, RuntimeError)) as raised:
+        with pytest.raises((ValueError, RuntimeError, IndexError)) as raised:
             changed(torch.ones(2, 12))
         assert len(str(raised.value)) > 20
 

@@ -401,6 +401,26 @@ def test_meta_device_then_load_then_initialize(name):
         assert torch.equal(model(x), before)
 
 
+WITH_BUTTERFLIES = dk.BOFT(block_size=2, n_butterfly_factor=2)  # has a buffer that is not saved
+
+
+@pytest.mark.parametrize("assign", [True, False], ids=["assign", "to_empty"])
+@pytest.mark.parametrize("method", [*sorted(METHODS), WITH_BUTTERFLIES], ids=str)
+def test_meta_device_then_a_whole_checkpoint(method, assign):
+    """The checkpoint has the adapters too: they are as trained, and initialize keeps them."""
+    method = METHODS[method].small() if isinstance(method, str) else method
+    trained = adapted(method).eval()
+    with torch.device("meta"):
+        model = Net()
+    dk.adapt(model, method, LAYERS).eval()
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(trained.state_dict(), assign=assign)
+    expected = trained(inputs())
+    assert same_bits(model(inputs()), expected)
+    assert same_bits(dk.initialize(model)(inputs()), expected)
+
+
 def test_initializing_several_adapters():
     with torch.device("meta"):
         model = Net()

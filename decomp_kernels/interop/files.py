@@ -24,6 +24,7 @@ from decomp_kernels.interop.contents import contents
 from decomp_kernels.interop.description import (
     AdapterFileError,
     Description,
+    bias_key,
     from_text,
     module_key,
     to_text,
@@ -94,7 +95,7 @@ def load_adapter(
 
     # From here on nothing can fail: everything is made.
     for bias, tensor in fitted.biases.items():
-        tensor.copy_(values[f"biases.{bias}"])
+        tensor.copy_(values[bias_key(bias)])
     put_adapters(model, name, adapters, fitted.copies, list(fitted.biases))
     return model
 

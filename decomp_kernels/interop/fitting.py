@@ -90,7 +90,7 @@ def _layers(model: nn.Module, description: Description) -> dict[str, Any]:
     owners = {id(layer.weight): path for path, layer in adapted_layers(model).items()}
     for path, (_, base) in description.layers.items():
         module = modules.get(path)
-        if module is None or f".{path}".find(".adapters.") >= 0:
+        if module is None or ".adapters." in f".{path}":
             raise AdapterFileError(
                 f"the file has an adapter for {path!r}, which the model does not have; "
                 f"it must be a model like the one it was saved from. {_linears(modules)}"
@@ -225,7 +225,7 @@ def _copies(model: nn.Module, description: Description) -> dict[str, nn.Module]:
     found = {}
     for path, kind in description.modules.items():
         module: Any = modules.get(path) if path else None
-        if module is None or path.startswith(hidden) or f".{path}".find(".adapters.") >= 0:
+        if module is None or path.startswith(hidden) or ".adapters." in f".{path}":
             raise AdapterFileError(
                 f"the file has a trained copy of {path!r}, which the model does not have as a "
                 "module of its own; load it into a model like the one it was saved from"

@@ -1,6 +1,6 @@
 """Column scales and column sums in one library pass each, float32 arithmetic, one rounding.
 
-A batch norm in inference mode with mean 0 and variance 1 is  out = x * scale + shift  by column;
+A batch norm in inference mode with mean 0 is  out = x * scale + shift  by column;
 its backward gives  dy * scale,  sum_rows dy * x  and  sum_rows dy  from one read of dy and x.
 The library computes both in float32 for bf16 and fp16 tensors with float32 scales, where a plain
 multiply would first convert the whole tensor.
@@ -16,9 +16,11 @@ def scale_columns(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tens
         return torch.empty_like(x)
     wide = torch.promote_types(x.dtype, torch.float32)
     scale = scale.to(wide)
-    shift = torch.zeros_like(scale) if shift is None else shift.to(wide)
-    mean, variance = torch.zeros_like(scale), torch.ones_like(scale)
-    return torch.native_batch_norm(x, scale, shift, mean, variance, False, 0.0, 0.0)[0]
+    shift = None if shift is None else shift.to(wide)
+    if x.dtype == wide:
+        return x * scale if shift is None else torch.addcmul(shift, x, scale)
+    zero = torch.zeros_like(scale)  # the mean, and the variance: 1 / sqrt(0 + 1) is 1
+    return torch.native_batch_norm(x, scale, shift, zero, zero, False, 0.0, 1.0)[0]
 
 
 def scale_columns_backward(
@@ -45,9 +47,9 @@ def scale_columns_backward(
     if x is None:
         raise RuntimeError("the sum over dy * x was asked for without x")
     gamma = scale.to(wide)
-    mean, variance = torch.zeros_like(gamma), torch.ones_like(gamma)
+    zero = torch.zeros_like(gamma)  # the mean, and the variance: 1 / sqrt(0 + 1) is 1
     scaled_dy, d_scale, d_shift = torch.ops.aten.native_batch_norm_backward(
-        dy, x, gamma, mean, variance, None, None, False, 0.0, [scaled, summed, shift]
+        dy, x, gamma, zero, zero, None, None, False, 1.0, [scaled, summed, shift]
     )
     return (
         scaled_dy if scaled else None,

@@ -32,26 +32,43 @@ def row_blocks(rows: int, cols: int, elements: int = _BLOCK_ELEMENTS) -> Iterato
 def project(x: Tensor, small: Tensor) -> Tensor:
     """x [M, K] @ small [K, r].  In small's dtype and precision where that is wider than x's."""
     if x.dtype == small.dtype:
-        return x @ small
+        return skinny(x, small)
     out = small.new_empty(x.shape[0], small.shape[1])
-    for rows in row_blocks(*x.shape):
-        torch.mm(x[rows].to(small.dtype), small, out=out[rows])
+    for rows, block in converted(x, small.dtype):
+        torch.mm(block, small, out=out[rows])
     return out
+
+
+def skinny(x: Tensor, small: Tensor) -> Tensor:
+    """x [M, K] @ small [K, r] of one dtype; as (small^T x^T)^T in 16 bits, where that is faster."""
+    return (small.T @ x.T).T.contiguous() if x.element_size() == 2 else x @ small
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Row blocks of x in ``dtype``, one after another in one buffer."""
+    buffer = None
+    for rows in row_blocks(x.shape[0], x.shape[1]):
+        if buffer is None:
+            buffer = torch.empty(rows.stop, x.shape[1], dtype=dtype, device=x.device)
+        yield rows, buffer[: rows.stop - rows.start].copy_(x[rows])
 
 
 def expand(v: Tensor, small: Tensor, start: Tensor | None, dtype: torch.dtype) -> Tensor:
     """start + v [M, r] @ small [r, N], a new [M, N] tensor of ``dtype``; start is [N] or [M, N].
 
-    Where ``dtype`` is narrower than the operands, each is split into a high and a low part of
-    ``dtype``: the products of the parts are exact in the GEMM's float32 accumulator, and three of
-    the four carry all but 2^-16 (bf16) of the value.
+    Operands wider than ``dtype`` are multiplied as they are, block by block, and rounded once.
     """
-    if v.dtype != dtype:
-        v_high, v_low = _split(v, dtype)
-        small_high, small_low = _split(small, dtype)
-        v = torch.cat((v_high, v_low, v_high), 1)
-        small = torch.cat((small_high, small_high, small_low), 0)
-    return v @ small if start is None else torch.addmm(start, v, small)
+    if v.dtype == dtype:
+        return v @ small if start is None else torch.addmm(start, v, small)
+    out = torch.empty(v.shape[0], small.shape[1], dtype=dtype, device=v.device)
+    for rows in row_blocks(out.shape[0], out.shape[1]):
+        if start is None:
+            wide = v[rows] @ small
+        else:
+            first = start if start.dim() == 1 else start[rows]
+            wide = torch.addmm(first.to(v.dtype), v[rows], small)
+        out[rows] = wide
+    return out
 
 
 def outer_blocks(
@@ -61,8 +78,3 @@ def outer_blocks(
     g, x = g.contiguous(), x.contiguous()
     for rows in row_blocks(g.shape[1], x.shape[1], elements):
         yield rows, g[:, rows].T @ x
-
-
-def _split(t: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    high = t.to(dtype)
-    return high, (t - high).to(dtype)

@@ -106,6 +106,12 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         return repr(self.method)
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        own = self.state_dict(keep_vars=True)
+        if all(prefix + name in state_dict and not t.is_meta for name, t in own.items()):
+            self.initialized = True  # trained values have come: initialize() leaves them alone
+
     if TYPE_CHECKING:  # which tensors there are is the method's business
 
         def __getattr__(self, name: str) -> Any: ...

@@ -82,7 +82,7 @@ class BOFT(Method):
         adapter.register_buffer("permutations", permutations, persistent=False)
 
     def refresh(self, adapter: Adapter, base: Base) -> None:
-        if adapter.permutations is not None and adapter.permutations.device != base.weight.device:
+        if adapter.permutations is not None:
             _, b = self.sizes(base.in_features)
             m, device = self.n_butterfly_factor, base.weight.device
             adapter.permutations = butterfly(base.in_features, b, m, device)

@@ -85,10 +85,12 @@ class OFT(Method):
 
     def lower(self, adapter: Adapter, base: Base) -> Factors:
         q, b = self.sizes(base.in_features)
+        triangle = adapter.rotation
         if self.coft:
-            _shrink(adapter.rotation, self.eps)
+            _shrink(triangle, self.eps)
+            triangle = triangle.clone()  # another forward may shrink it before this one's backward
         with torch.autocast(base.weight.device.type, enabled=False):
-            Q = skew(adapter.rotation.to(base.scale_dtype), b)
+            Q = skew(triangle.to(base.scale_dtype), b)
             turns = self.num_cayley_neumann_terms
             R = cayley_neumann(Q, turns) if self.use_cayley_neumann else cayley(Q)
         return Factors(weight_map=BlockRotate(R.expand(1, q, b, b)))
@@ -103,9 +105,8 @@ def nearest_divisor(number: int, wanted: int) -> int:
 def skew(triangle: Tensor, b: int) -> Tensor:
     """Q [q, b, b] = U - U^T of the strict upper triangles [q, b (b - 1) / 2], row by row."""
     rows, cols = torch.triu_indices(b, b, 1, device=triangle.device)
-    upper = triangle.new_zeros(triangle.shape[0], b, b)
-    every = torch.arange(len(upper), device=rows.device)[:, None]
-    upper = upper.index_put((every, rows, cols), triangle)
+    upper = triangle.new_zeros(triangle.shape[0], b * b).index_copy(1, rows * b + cols, triangle)
+    upper = upper.view(-1, b, b)
     return upper - upper.mT
 
 

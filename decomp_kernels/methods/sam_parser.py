@@ -3,7 +3,8 @@
     W' = U diag(sigma + delta) V^T = W + U diag(delta) V^T        delta [k] zeros, k = min(N, K)
     U = left [N, k], V^T = right [k, K]: the singular vectors of W, frozen buffers
 
-Written as a change of W the start is exact, where U diag(sigma) V^T would round.
+Written as a change of W the start is exact, where U diag(sigma) V^T would round.  The vectors have
+W's dtype whatever the adapter's is: together they are as large as two copies of a square W.
 """
 
 from decomp_kernels.factors import Factors, SingularDiagonal
@@ -19,8 +20,8 @@ class SAMParser(Method):
 
     def create(self, adapter: Adapter, base: Base) -> None:
         U, S, Vt = base.svd()
-        adapter.register_buffer("left", compact(U, base.dtype))
-        adapter.register_buffer("right", compact(Vt, base.dtype))
+        adapter.register_buffer("left", compact(U, base.weight.dtype))
+        adapter.register_buffer("right", compact(Vt, base.weight.dtype))
         adapter.delta = base.scales(len(S), fill=0.0)
 
     def lower(self, adapter: Adapter, base: Base) -> Factors:

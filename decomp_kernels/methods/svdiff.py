@@ -5,6 +5,7 @@
     U = left [N, k], sigma = singular_values [k], V^T = right [k, K]: those of W, frozen buffers
 
 Written as a change of W the start is exact.  As with relu, a component at zero has no gradient.
+The vectors have W's dtype whatever the adapter's is: together they are two copies of a square W.
 """
 
 import torch
@@ -22,9 +23,9 @@ class SVDiff(Method):
 
     def create(self, adapter: Adapter, base: Base) -> None:
         U, S, Vt = base.svd()
-        adapter.register_buffer("left", compact(U, base.dtype))
+        adapter.register_buffer("left", compact(U, base.weight.dtype))
         adapter.register_buffer("singular_values", compact(S, S.dtype))
-        adapter.register_buffer("right", compact(Vt, base.dtype))
+        adapter.register_buffer("right", compact(Vt, base.weight.dtype))
         adapter.delta = base.scales(len(S), fill=0.0)
 
     def lower(self, adapter: Adapter, base: Base) -> Factors:

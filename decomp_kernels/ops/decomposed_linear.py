@@ -4,8 +4,7 @@ Formula and gradients: reference/decomposed_linear.py.  Tensors may have any lea
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +27,8 @@ _SHARED = (
 )
 _OPTIONS = "Tensor? seed, float scale, float dropout, str activation, "
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 torch.library.define(
     "decomp_kernels::decomposed_linear_fwd",
     f"(Tensor x, {_SHARED}Tensor? addend, {_OPTIONS}bool[] keep, str impl) "
@@ -41,47 +42,66 @@ torch.library.define(
 )
 
 
-@torch.library.impl("decomp_kernels::decomposed_linear_fwd", "CompositeExplicitAutograd")
 @outside_autocast
-def _fwd(
-    x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale, addend,
-    seed, scale, dropout, activation, keep, impl,
+def _forward(
+    x, weight, bias, down, up, core, in_scale, out_scale, addend, seed, scale, dropout, activation,
+    keep, impl,
 ):  # fmt: skip
-    _check_format(weight_scale, weight_format)
+    """y [..., N], and t [M, r] and z [M, N] where ``keep`` asks for them, else None."""
     N, K = weight.shape
-    rows = x.reshape(-1, K)
+    matrix = x.dim() == 2
     chosen = implementation(x, impl, reference, aten, "decomposed_linear")
     y, t, z = chosen.forward(
-        rows, weight, bias, down, up, core, in_scale, out_scale,
-        None if addend is None else addend.reshape(-1, N),
-        seed, scale, dropout, activation,
+        x if matrix else x.reshape(-1, K), weight, bias, down, up, core, in_scale, out_scale,
+        None if addend is None else addend.reshape(-1, N), seed, scale, dropout, activation,
     )  # fmt: skip
     keep_t, keep_z = keep
-    return (
-        torch.ops.aten._unsafe_view(y, (*x.shape[:-1], N)),
-        t if keep_t and t is not None else _absent(x),
-        z if keep_z and z is not None else _absent(x),
+    y = y if matrix else _unsafe_view(y, (*x.shape[:-1], N))
+    return y, t if keep_t else None, z if keep_z else None
+
+
+@outside_autocast
+def _backward(
+    dy, x, weight, bias, down, up, core, in_scale, out_scale, t, z, seed, scale, dropout,
+    activation, needs, impl,
+):  # fmt: skip
+    """Gradients: each in its tensor's shape and dtype, None where it is not asked for."""
+    N, K = weight.shape
+    matrix = dy.dim() == 2
+    chosen = implementation(dy, impl, reference, aten, "decomposed_linear")
+    grads = chosen.backward(
+        dy if matrix else dy.reshape(-1, N),
+        x if x is None or matrix else x.reshape(-1, K),
+        weight, bias, down, up, core, in_scale, out_scale, t, z, seed, scale, dropout, activation,
+        needs,
+    )  # fmt: skip
+    likes = (dy, weight, bias, down, up, core, in_scale, out_scale, dy)
+    grads = Gradients(
+        *(
+            grad if grad is None or grad.dtype == like.dtype else grad.to(like.dtype)
+            for grad, like in zip(grads, likes, strict=True)
+        )
     )
+    if not matrix:
+        lead = dy.shape[:-1]
+        d_x = None if grads.x is None else grads.x.view(*lead, K)
+        d_addend = None if grads.addend is None else grads.addend.view(*lead, N)
+        grads = grads._replace(x=d_x, addend=d_addend)
+    return grads
+
+
+@torch.library.impl("decomp_kernels::decomposed_linear_fwd", "CompositeExplicitAutograd")
+def _fwd(x, weight, weight_scale, weight_format, *others):
+    _check_format(weight_scale, weight_format)
+    y, t, z = _forward(x, weight, *others)
+    return y, _absent(x) if t is None else t, _absent(x) if z is None else z
 
 
 @torch.library.impl("decomp_kernels::decomposed_linear_bwd", "CompositeExplicitAutograd")
-@outside_autocast
-def _bwd(
-    dy, x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale,
-    t, z, seed, scale, dropout, activation, needs, impl,
-):  # fmt: skip
+def _bwd(dy, x, weight, weight_scale, weight_format, *others):
     _check_format(weight_scale, weight_format)
-    N, K = weight.shape
-    chosen = implementation(dy, impl, reference, aten, "decomposed_linear")
-    grads = chosen.backward(
-        dy.reshape(-1, N), None if x is None else x.reshape(-1, K), weight, bias, down, up, core,
-        in_scale, out_scale, t, z, seed, scale, dropout, activation, needs,
-    )  # fmt: skip
-    fake = _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs)
-    return tuple(
-        _absent(dy) if like is None else grad.to(like.dtype).reshape(like.shape)
-        for grad, like in zip(grads, fake, strict=True)
-    )
+    grads = _backward(dy, x, weight, *others)
+    return tuple(_absent(dy) if grad is None else grad for grad in grads)
 
 
 @torch.library.register_fake("decomp_kernels::decomposed_linear_fwd")
@@ -135,8 +155,7 @@ fwd = torch.ops.decomp_kernels.decomposed_linear_fwd.default
 bwd = torch.ops.decomp_kernels.decomposed_linear_bwd.default
 
 
-@dataclass(frozen=True)
-class _Options:
+class _Options(NamedTuple):
     """What the Function needs beside its tensors."""
 
     scale: float
@@ -151,6 +170,10 @@ class _Options:
 
 
 class _DecomposedLinear(torch.autograd.Function):
+    """A compiler is shown the operators; eager calls their bodies, without the dispatcher between:
+    docs/performance.md has what that saves.
+    """
+
     @staticmethod
     def forward(
         ctx, options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed, *mapped
@@ -167,11 +190,15 @@ class _DecomposedLinear(torch.autograd.Function):
             cast_x = _map_op(options).forward(_weight_map(options, mapped), cast_x, options.impl)
         else:
             cast_weight = _effective(options, cast_weight, mapped)
-        y, t, z = fwd(
-            cast_x, cast_weight, None, "dense", bias, _to(down, compute), _to(up, compute), core,
-            in_scale, out_scale, _to(addend, compute), seed, options.scale, options.dropout,
-            options.activation, [keep_t, keep_z], options.impl,
+        others = (
+            bias, _to(down, compute), _to(up, compute), core, in_scale, out_scale,
+            _to(addend, compute), seed, options.scale, options.dropout, options.activation,
+            [keep_t, keep_z], options.impl,
         )  # fmt: skip
+        if torch.compiler.is_compiling():
+            y, t, z = fwd(cast_x, cast_weight, None, "dense", *others)
+        else:
+            y, t, z = _forward(cast_x, cast_weight, *others)
         ctx.options, ctx.x_dtype = options, x.dtype
         ctx.addend_dtype = None if addend is None else addend.dtype
         ctx.save_for_backward(
@@ -200,12 +227,15 @@ class _DecomposedLinear(torch.autograd.Function):
         asked = [bool(wanted) for wanted in need]
         asked[0] = bool(need.x or rotates)
         asked[-1] = bool(need.addend and out_scale is not None)
-        found = bwd(
-            dy, cast_x, base, None, "dense", bias, _to(down, compute), _to(up, compute), core,
-            in_scale, out_scale, t, z, seed, options.scale, options.dropout, options.activation,
-            asked, options.impl,
+        others = (
+            bias, _to(down, compute), _to(up, compute), core, in_scale, out_scale, t, z, seed,
+            options.scale, options.dropout, options.activation, asked, options.impl,
         )  # fmt: skip
-        grads: Any = Gradients(*found)
+        grads: Any
+        if torch.compiler.is_compiling():
+            grads = Gradients(*bwd(dy, cast_x, base, None, "dense", *others))
+        else:
+            grads = _backward(dy, cast_x, base, *others)
         map_grads: tuple[Tensor | None, ...] = (None,) * len(mapped)
         if map_op is not None:
             m = _weight_map(options, mapped)
@@ -220,13 +250,16 @@ class _DecomposedLinear(torch.autograd.Function):
                 map_grads = map_op.contract(m, cast_weight, g, X, options.impl)
         if need.addend and out_scale is None:
             grads = grads._replace(addend=dy)
-        dtypes = {"x": ctx.x_dtype, "weight": weight.dtype, "addend": ctx.addend_dtype}
-        if down is not None:
-            dtypes |= {"down": down.dtype, "up": up.dtype}
-        shown = (
-            (grad.to(dtypes.get(name, grad.dtype)) if wanted else None)
-            for name, grad, wanted in zip(Gradients._fields, grads, need, strict=True)
-        )
+        shown = [grad if wanted else None for grad, wanted in zip(grads, need, strict=True)]
+        if compute is not None:  # back from autocast's dtype
+            originals = (
+                ctx.x_dtype, weight.dtype, None, None if down is None else down.dtype,
+                None if up is None else up.dtype, None, None, None, ctx.addend_dtype,
+            )  # fmt: skip
+            shown = [
+                grad if grad is None or dtype is None else grad.to(dtype)
+                for grad, dtype in zip(shown, originals, strict=True)
+            ]
         return None, *shown, None, *map_grads
 
 
@@ -358,27 +391,20 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
         raise ValueError("down and up come together: give both, or neither")
     if core is not None and down is None:
         raise ValueError("core scales the low-rank branch: give down and up with it")
-    r = None if down is None else down.shape[0] if down.dim() == 2 else -1
-    expected = {
-        "bias": (bias, (N,)),
-        "down": (down, (r, K)),
-        "up": (up, (N, r)),
-        "core": (core, (r,)),
-        "in_scale": (in_scale, (K,)),
-        "out_scale": (out_scale, (N,)),
-        "addend": (addend, (*x.shape[:-1], N)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must have shape {_readable(shape)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if down is not None:
+        r = down.shape[0] if down.dim() == 2 else -1
+        _check_term("down", down, (r, K), x)
+        _check_term("up", up, (N, r), x)
+        if core is not None:
+            _check_term("core", core, (r,), x)
+    if bias is not None:
+        _check_term("bias", bias, (N,), x)
+    if in_scale is not None:
+        _check_term("in_scale", in_scale, (K,), x)
+    if out_scale is not None:
+        _check_term("out_scale", out_scale, (N,), x)
+    if addend is not None:
+        _check_term("addend", addend, (*x.shape[:-1], N), x)
     if weight.device != x.device:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
     if down is not None and autocast_dtype(x) is None:
@@ -392,6 +418,15 @@ def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activat
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if not 0.0 <= dropout < 1.0 or threshold(dropout) == 65536:
         raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+
+
+def _check_term(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {_readable(shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
 def _readable(shape: tuple[int | None, ...]) -> str:

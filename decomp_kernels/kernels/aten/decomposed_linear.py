@@ -210,14 +210,13 @@ def _over_rows(
     if small is None:
         return None, None
     if small.dtype == big.dtype:
-        first = None if right is None else big @ right
+        first = None if right is None else gemm.skinny(big, right)
         second = None if left is None else left.T @ big
         return first, second
     M, N = big.shape
     first = None if right is None else right.new_empty(M, right.shape[1])
     second = None if left is None else left.new_zeros(left.shape[1], N)
-    for rows in gemm.row_blocks(M, N):
-        block = big[rows].to(small.dtype)
+    for rows, block in gemm.converted(big, small.dtype):
         if first is not None and right is not None:
             torch.mm(block, right, out=first[rows])
         if second is not None and left is not None:
