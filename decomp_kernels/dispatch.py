@@ -24,3 +24,12 @@ def choose(x: Tensor, impl: str = "auto") -> str:
 def check(impl: str, where: str = "impl") -> None:
     if impl not in IMPLS:
         raise ValueError(f"{where} must be one of {', '.join(IMPLS)}, got {impl!r}")
+
+
+def base_gemm_first(x: Tensor) -> bool:
+    """Whether a GEMM that adds to a filled buffer is slower than one that fills an empty one.
+
+    16-bit on a CPU it is, by 1 % (docs/performance.md): there a low-rank term is better added after
+    the base GEMM.  On a GPU the read of the buffer hides under the arithmetic.
+    """
+    return x.device.type == "cpu" and x.element_size() == 2
