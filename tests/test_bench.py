@@ -300,6 +300,14 @@ def test_peers_compute_something_with_the_same_parameters():
         assert counts["ours"] == counts["peer"] > 0, row.label
 
 
+def test_no_trained_tensor_is_at_its_start():
+    (row,) = list(layers.rows(["lora"], [(8, 16, 24)], ["float32"], 4))[:1]
+    _, modules = layers.build(row, seed=0, device=CPU)
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    assert len(trained) == 4  # ours and PEFT's A and B
+    assert all((p != 0).all() for p in trained)
+
+
 def test_the_repository_s_goals_name_rows_that_exist():
     goals = Path(__file__).parents[1] / "benchmarks" / "goals.json"
     known = {
