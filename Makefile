@@ -40,12 +40,13 @@ demo: $(DEMO_READY)
 test: $(DEV_READY)
 	$(PYTEST) $(PYTEST_ARGS)
 
+# The egg-info folder goes too: its old list of sources would hide a file that the sdist now lacks.
 check: $(DEV_READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	PYTHONPATH=. $(PY) scripts/generate_docs.py --check
-	rm -rf build dist && mkdir dist
+	rm -rf build dist decomp_kernels.egg-info && mkdir dist
 	$(PY) -m build --no-isolation --outdir dist . > dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
 	$(PY) scripts/check_dist.py dist
 

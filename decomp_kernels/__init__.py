@@ -10,11 +10,9 @@ from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import METHODS, methods
 from decomp_kernels.model import (
     adapt,
-    decay_to_one,
     disable,
     initialize,
     merge,
-    param_groups,
     print_trainable_parameters,
     remove,
     report,
@@ -22,6 +20,7 @@ from decomp_kernels.model import (
     unmerge,
 )
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
+from decomp_kernels.optimizer import decay_to_one, param_groups
 
 __version__ = "0.1.0"
 

@@ -73,3 +73,12 @@ def _gpu_architecture(device: torch.device) -> str:
 @cache
 def why_not_installed() -> str | None:
     return None if find_spec("triton") else "triton is not installed"
+
+
+def base_gemm_first(x: Tensor) -> bool:
+    """Whether a GEMM that adds to a filled buffer is slower than one that fills an empty one.
+
+    16-bit on a CPU it is, by 1 % (docs/performance.md): there a low-rank term is better added after
+    the base GEMM.  On a GPU the read of the buffer hides under the arithmetic.
+    """
+    return x.device.type == "cpu" and x.element_size() == 2

@@ -24,7 +24,7 @@ class Decomposed:
     training: bool
     adapters: nn.ModuleDict
     active_adapter: str | None
-    disabled: bool
+    disabled: int  # how many ``disable`` contexts the layer is in
     merged_adapter: str | None
     kept_base: tuple[Tensor, Tensor | None] | None
 
@@ -165,7 +165,22 @@ class Decomposed:
         """Become the plain module again: merged values stay, unmerged adapters are dropped."""
         for name in ("adapters", "active_adapter", "disabled", "merged_adapter", "kept_base"):
             delattr(self, name)
+        hooks: Any = self._forward_hooks  # type: ignore[attr-defined]
+        for key in [key for key, hook in hooks.items() if hook is _stay_in_python]:
+            del hooks[key]
         self.__class__ = plain_class(self)  # type: ignore[assignment]
+
+    def keep_from_fast_path(self) -> None:
+        """Make the layer around this one call it: for nn.TransformerEncoderLayer.
+
+        In evaluation that class hands its linears' weights to one library call, which knows nothing
+        of adapters, unless a module inside it has a hook.
+        """
+        if _stay_in_python not in self._forward_hooks.values():  # type: ignore[attr-defined]
+            self.register_forward_hook(_stay_in_python)  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "disabled": 0}  # a copy made inside ``disable`` is not in it
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[misc]
@@ -225,7 +240,11 @@ def put_on(module: Any, cls: type[Decomposed]) -> None:
     module.__class__ = cls
     module.adapters = nn.ModuleDict().train(module.training)
     module.active_adapter = module.merged_adapter = module.kept_base = None
-    module.disabled = False
+    module.disabled = 0
+
+
+def _stay_in_python(*_: Any) -> None:
+    """A forward hook that does nothing but be there."""
 
 
 def stand_in(module: nn.Module, cls: type[Decomposed]) -> Any:

@@ -47,7 +47,7 @@ def adapt(
 
     target_modules, by PEFT's rules: a list of names (a module matches by its full name or by the
     last parts of it), a regular expression that matches the full name, or "all-linear": every
-    nn.Linear and Conv1D but the output head.  exclude_modules: a list or expression likewise.
+    nn.Linear and Conv1D but the language-model head.  exclude_modules: a list or expression too.
     rank_pattern and alpha_pattern: {name or expression: r or alpha} for the layers it matches.
     modules_to_save: names of other modules to train whole, in a copy that is saved with the
     adapter.  bias: which biases of the base train too: "none", "all" or "lora_only" (those of the
@@ -72,6 +72,7 @@ def adapt(
         targets, method, rank_pattern or {}, alpha_pattern or {}, autocast_adapter_dtype
     )
     copies = {name: copy_of(model.get_submodule(name)) for name in saved_names}
+    _warn_of_ties(model, saved_names)
     if targets.skipped:
         listed = "; ".join(f"{name}: {reason}" for name, reason in targets.skipped.items())
         warnings.warn(f"not adapted: {listed}", stacklevel=2)
@@ -101,6 +102,8 @@ def put_adapters(
         if not isinstance(layer, Decomposed):
             put_on(layer, decomposed_class(layer))  # type: ignore[arg-type]
         layer.attach(adapter_name, adapter)
+        if isinstance(modules.get(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            layer.keep_from_fast_path()
     for name, trained in copies.items():
         saved: Any = modules[name]
         if not isinstance(saved, TrainedCopy):
@@ -140,13 +143,15 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     """Write the active adapters into the weights: float32 arithmetic, one rounding.
 
     keep_base keeps the base weights on the host, so that ``unmerge`` restores them bit for bit.
-    A method whose branch is no linear map refuses, and then nothing is changed.
+    A method whose branch is no linear map refuses, and then nothing is changed.  While merged, the
+    state dict holds the merged weights and the adapters: load it only into a merged model.
     """
     layers = {
         n: layer for n, layer in adapted_layers(model).items() if layer.merged_adapter is None
     }
     for name, layer in layers.items():
         layer.check_mergeable(name)
+    without_bias = [name for name, layer in layers.items() if layer.bias is None]
     done: list[Any] = []
     try:
         for name, layer in layers.items():
@@ -159,6 +164,13 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     if not keep_base:
         for layer in layers.values():
             layer.kept_base = None
+    given = [name for name in without_bias if layers[name].bias is not None]
+    if given:
+        warnings.warn(
+            f"{', '.join(given[:3])}{', ...' if len(given) > 3 else ''} had no bias and have one "
+            "now: the base architecture will not load it; save the adapter instead",
+            stacklevel=2,
+        )
     return model
 
 
@@ -177,7 +189,10 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Make plain modules of the adapted ones: merged values stay, unmerged adapters are dropped."""
+    """Make plain modules of the adapted ones: merged values stay, unmerged adapters are dropped.
+
+    Parameters stay frozen, as ``adapt`` left them: ``model.requires_grad_(True)`` trains them all.
+    """
     merged = any(layer.merged_adapter is not None for layer in adapted_layers(model).values())
     for layer in adapted_layers(model).values():
         layer.remove()
@@ -196,14 +211,13 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
     merged = [module for module in found if getattr(module, "merged_adapter", None) is not None]
     if merged:
         raise RuntimeError("adapters are merged into the weights; call unmerge(model) first")
-    before = [module.disabled for module in found]
     for module in found:
-        module.disabled = True
+        module.disabled += 1
     try:
         yield model
     finally:
-        for module, was in zip(found, before, strict=True):
-            module.disabled = was
+        for module in found:
+            module.disabled -= 1
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> nn.Module:
@@ -263,61 +277,6 @@ def initialize(model: nn.Module) -> nn.Module:
     return model
 
 
-def param_groups(
-    model: nn.Module,
-    lr: float,
-    *,
-    weight_decay: float = 0.0,
-    loraplus_lr_ratio: float = 1.0,
-    decay_scales_to_one: bool = False,
-) -> list[dict[str, Any]]:
-    """Optimizer groups over what trains: matrices, up matrices, scales, and the rest.
-
-    ``up`` has lr * loraplus_lr_ratio (LoRA+, arXiv:2402.12354).  weight_decay is for matrices;
-    scales and other vectors have none, for a decay to 0 would pull W' to 0.  With
-    decay_scales_to_one the groups of scales carry "decay_to_one": call
-    ``decay_to_one(optimizer)`` once, and each step pulls them towards 1 by lr * weight_decay.
-    """
-    matrices, ups, scales, rest = [], [], [], []
-    for name, tensor in model.named_parameters():
-        if not tensor.requires_grad:
-            continue
-        last = name.rpartition(".")[2]
-        if ".adapters." in f".{name}" and last == "up":
-            ups.append(tensor)
-        elif ".adapters." in f".{name}" and last in ("in_scale", "out_scale"):
-            scales.append(tensor)
-        elif tensor.dim() >= 2:
-            matrices.append(tensor)
-        else:
-            rest.append(tensor)
-    groups = [
-        {"params": matrices, "lr": lr, "weight_decay": weight_decay},
-        {"params": ups, "lr": lr * loraplus_lr_ratio, "weight_decay": weight_decay},
-        {"params": scales, "lr": lr, "weight_decay": 0.0,
-         "decay_to_one": weight_decay if decay_scales_to_one else 0.0},
-        {"params": rest, "lr": lr, "weight_decay": 0.0},
-    ]  # fmt: skip
-    groups = [group for group in groups if group["params"]]
-    if not groups:
-        raise ValueError("the model trains no parameter; call adapt(model, method) first")
-    return groups
-
-
-def decay_to_one(optimizer: torch.optim.Optimizer) -> Any:
-    """Before each step, p <- p - lr * decay_to_one * (p - 1) for the groups that ask for it."""
-
-    def pull(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for group in optimizer.param_groups:
-            rate = group.get("decay_to_one", 0.0) * group["lr"]
-            if rate:
-                with torch.no_grad():
-                    for tensor in group["params"]:
-                        tensor.lerp_(torch.ones_like(tensor), rate)
-
-    return optimizer.register_step_pre_hook(pull)
-
-
 def print_trainable_parameters(model: nn.Module) -> str:
     """Print, and return, how many parameters train; tied and shared ones count once."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -371,6 +330,24 @@ def _modules_to_save(model: nn.Module, wanted: list[str] | None) -> list[str]:
             "give a full name or its last parts"
         )
     return names
+
+
+def _warn_of_ties(model: nn.Module, saved: list[str]) -> None:
+    """A trained copy of a module leaves what shares a parameter with it at the base's values."""
+    within = tuple(f"{name}." for name in saved)
+    shared = [
+        (name, tensor)
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+        if name.startswith(within) and ".copies." not in name
+    ]
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        tied = [own for own, other in shared if other is tensor and not name.startswith(within)]
+        if tied:
+            warnings.warn(
+                f"{tied[0]} is trained as a copy, and {name}, which was the same parameter, stays "
+                "as it is: name both modules in modules_to_save, or neither",
+                stacklevel=3,
+            )
 
 
 def _biases(model: nn.Module, bias: str, layers: set[str], saved: list[str]) -> list[str]:

@@ -18,7 +18,7 @@ class TrainedCopy(nn.Module):
         self.original = original
         self.copies = nn.ModuleDict()
         self.active_adapter: str | None = None
-        self.disabled = False
+        self.disabled = 0  # how many ``disable`` contexts the module is in
 
     def add(self, name: str, made: nn.Module) -> None:
         """Take the copy ``made`` for ``name``, in use and trained."""
@@ -35,6 +35,9 @@ class TrainedCopy(nn.Module):
         if self.disabled or self.active_adapter is None:
             return self.original
         return self.copies[self.active_adapter]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "disabled": 0}  # a copy made inside ``disable`` is not in it
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.current()(*args, **kwargs)

@@ -56,6 +56,11 @@ def find_targets(
         found.classes[name] = cls  # type: ignore[assignment]
     if not found.modules:
         raise ValueError(_nothing_found(model, target, found.skipped))
+    if not isinstance(target, str):
+        names = [name for name, _ in model.named_modules()]
+        for one in target:
+            if not any(matches(name, [one]) for name in names):
+                found.skipped[one] = "no module has this name"
     return found
 
 
@@ -103,7 +108,9 @@ def why_not(
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight itself and never calls the module"
-    weight: Any = module.weight
+    weight: Any = module._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook (spectral_norm, weight_norm, prune); remove that"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}, not floating point"
     owner = owners.get(id(weight), name)

@@ -24,6 +24,7 @@ LAYERS = [
     {
         "model": "adapt, merge, remove, ...",
         "constraints": "MPC over a whole model",
+        "optimizer": "parameter groups",
     },
     {
         "interop": "files; other libraries",

@@ -174,7 +174,9 @@ def test_a_temporary_is_in_the_peak_and_not_in_what_is_saved():
 
 def test_a_sparse_tensor_counts_with_its_indices():
     indices, values = torch.tensor([[0, 2, 5], [1, 0, 7]]), torch.randn(3)
-    weight = torch.sparse_coo_tensor(indices, values, (N, K), is_coalesced=True)
+    weight = torch.sparse_coo_tensor(
+        indices, values, (N, K), is_coalesced=True, check_invariants=True
+    )
     _, saved = of(lambda x: torch.sparse.mm(weight, x.T).T)
     assert saved == 8 * 6 + 4 * 3
 
@@ -298,6 +300,14 @@ def test_peers_compute_something_with_the_same_parameters():
         assert counts["ours"] == counts["peer"] > 0, row.label
 
 
+def test_no_trained_tensor_is_at_its_start():
+    (row,) = list(layers.rows(["lora"], [(8, 16, 24)], ["float32"], 4))[:1]
+    _, modules = layers.build(row, seed=0, device=CPU)
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    assert len(trained) == 4  # ours and PEFT's A and B
+    assert all((p != 0).all() for p in trained)
+
+
 def test_the_repository_s_goals_name_rows_that_exist():
     goals = Path(__file__).parents[1] / "benchmarks" / "goals.json"
     known = {
@@ -315,11 +325,30 @@ def test_wrong_options_are_refused(words, capsys):
     assert words[1] in capsys.readouterr().err
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path):
+def test_the_cpu_clock_is_for_one_thread(tmp_path, capsys):
+    words = ("layer", "--methods", "ia3", "--shape", "8,16,24", "--rounds", 1, "--clock", "cpu")
+    assert bench(*words, "--threads", 2) == 2
+    assert "give --threads 1 and --device cpu with it, got --threads 2" in capsys.readouterr().err
+    output = tmp_path / "cpu.json"
+    assert bench(*words, "--threads", 1, "--output", output) == 0
+    assert "CPU time" in capsys.readouterr().out
+    assert len(output.read_text().splitlines()) < 60  # one line a row, raw samples included
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "no JSON", None])
+def test_a_file_of_another_kind_is_refused(text, tmp_path, capsys):
     file = tmp_path / "other.json"
-    file.write_text("{}")
-    with pytest.raises(ValueError, match="must be a results file of format"):
-        record.read(file)
+    if text is not None:
+        file.write_text(text)
+    assert bench("table", file) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "must be a results file of format" in message or text is None
+
+
+def test_an_unknown_method_is_refused(capsys):
+    assert bench("layer", "--methods", "lorra") == 2
+    assert "method must be one of" in capsys.readouterr().err
 
 
 def test_several_processes_show_a_range():

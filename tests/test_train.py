@@ -520,7 +520,25 @@ def test_adalora_moves_ranks_and_lora_dash_selects(command, tmp_path):
     assert all(selected)
 
 
-def test_the_pattern_constraint_changes_training(command, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--method", "lora,ssb", "--mpc", "d"], "--mpc: model must have an active adapter"),
+        (["--method", "lora,pissa", "-O", "r=40"], "method pissa: r must be at most"),
+        (["--method", "lora", "--target-modules", "nothing"], "matches no module"),
+        (["--method", "lora,adalora", "--method", "adalora", "-O", "tinit=99"], "total_step must"),
+    ],
+)
+def test_the_last_method_is_refused_before_the_first_is_trained(
+    command, tmp_path, capsys, more, said
+):
+    assert main(command(*more)) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert said in lines[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_pattern_constraint_changes_training(command, tmp_path):
     for output, more in (("without", []), ("with", ["--mpc", "d", "--mpc-coef", "0.5"])):
         assert main(command("--method", "lora", "--lr", "0.02", *more, output=output)) == 0
     ends = []
@@ -529,8 +547,6 @@ def test_the_pattern_constraint_changes_training(command, tmp_path, capsys):
         downs = [t for n, t in tensors.items() if n.startswith("model/") and n.endswith(".down")]
         ends.append(sum((A @ A.T - torch.eye(len(A))).square().sum().item() for A in downs))
     assert ends[1] < 0.9 * ends[0]
-    assert main(command("--method", "ssb", "--mpc", "d", output="ssb")) == 2
-    assert "--mpc" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("base_dropout", [False, True])

@@ -4,6 +4,7 @@ import argparse
 import json
 import multiprocessing
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "process and its heap, and the table then shows their range",
     )  # fmt: skip
     layer.add_argument("--threads", type=_positive, help="default: PyTorch's own choice")
+    layer.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: the CPU time of the thread, with --threads 1: on a machine that others use too",
+    )  # fmt: skip
     layer.add_argument("--device", default="cpu")
     layer.add_argument("--bias", action="store_true", help="layers with a bias")
     layer.add_argument("--no-peer", action="store_true", help="leave out PEFT and the formulas")
@@ -61,22 +66,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return _layer(args) if args.suite == "layer" else _table(args)
+    """The exit status.  Wrong options and files end in one line on stderr, before any work."""
+    try:
+        todo = _todo(args) if args.suite == "layer" else []
+        contents = [record.read(path) for path in args.files] if args.suite == "table" else []
+    except (OSError, ValueError) as error:
+        print(f"decomp-kernels bench: error: {error}", file=sys.stderr)
+        return 2
+    return _layer(args, todo) if args.suite == "layer" else _table(args, contents)
 
 
-def _layer(args: argparse.Namespace) -> int:
+def _todo(args: argparse.Namespace) -> list[layers.Row]:
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        raise ValueError(
+            "--clock cpu is the CPU time of one thread: give --threads 1 and --device cpu with it, "
+            f"got --threads {args.threads} and --device {args.device}"
+        )
+    if args.device != "cpu" and not torch.accelerator.is_available():
+        raise ValueError(f"--device {args.device} needs a device that PyTorch sees; it sees none")
     shapes = args.shape or (QUICK if args.quick else SHAPES)
+    return list(layers.rows(args.methods, shapes, args.dtype, args.rank, args.bias))
+
+
+def _layer(args: argparse.Namespace, todo: list[layers.Row]) -> int:
     protocol = {
         "rounds": args.rounds or (5 if args.quick else 25),
         "warmup": 3,
         "processes": args.processes,
         "threads": args.threads or torch.get_num_threads(),
+        "clock": args.clock,
         "device": args.device,
         "seed": args.seed,
         "rank": args.rank,
         "peer": not args.no_peer,
     }
-    todo = list(layers.rows(args.methods, shapes, args.dtype, args.rank, args.bias))
     torch.set_num_threads(protocol["threads"])
     measured: list[dict[str, Any]] = []
     for process in range(args.processes):
@@ -96,8 +119,7 @@ def _layer(args: argparse.Namespace) -> int:
     return 0
 
 
-def _table(args: argparse.Namespace) -> int:
-    contents = [record.read(path) for path in args.files]
+def _table(args: argparse.Namespace, contents: list[dict[str, Any]]) -> int:
     rows = [row for content in contents for row in content["rows"]]
     for content in contents:
         print(_headline(content))
@@ -132,6 +154,7 @@ def _measure(work: tuple[layers.Row, dict[str, Any]]) -> dict[str, Any]:
         warmup=protocol["warmup"],
         seed=protocol["seed"],
         device=torch.device(protocol["device"]),
+        clock=time.thread_time_ns if protocol["clock"] == "cpu" else None,
         peer=protocol["peer"],
     )
 
@@ -151,8 +174,9 @@ def _headline(content: dict[str, Any]) -> str:
     machine, protocol, versions = content["machine"], content["protocol"], content["versions"]
     known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "peft") if name in versions)
     where = machine["gpus"][0] if protocol["device"].startswith("cuda") else machine["cpu"]
+    clock = "CPU time, " if protocol["clock"] == "cpu" else ""
     return (
-        f"{where}, {protocol['threads']} threads, {protocol['rounds']} rounds x "
+        f"{where}, {protocol['threads']} threads, {clock}{protocol['rounds']} rounds x "
         f"{protocol['processes']} processes, {known}, commit {(content['commit'] or '?')[:12]}, "
         f"{content['date']}"
     )

@@ -84,12 +84,22 @@ def rows(
 
 
 def run(
-    row: Row, *, rounds: int, warmup: int, seed: int, device: torch.device, peer: bool = True
+    row: Row,
+    *,
+    rounds: int,
+    warmup: int,
+    seed: int,
+    device: torch.device,
+    clock: engine.Clock | None = None,
+    peer: bool = True,
 ) -> dict[str, Any]:
-    """Measure one row: ratios, times, peak memory and bytes saved, as the results file has them."""
+    """Measure one row: ratios, times, peak memory and bytes saved, as the results file has them.
+
+    clock: the device's wall clock where it is None.
+    """
     started = time.monotonic()
     contenders, modules = build(row, seed=seed, device=device, peer=peer)
-    clock = engine.device_clock(device)
+    clock = engine.device_clock(device) if clock is None else clock
     samples = engine.measure(
         contenders, rounds, warmup=warmup, seed=seed, clock=clock, split=device.type == "cpu"
     )
@@ -143,7 +153,7 @@ def build(
         (
             OURS,
             DecomposedLinear(linear(), method, dtype=adapter_dtype),
-            dispatch.choose(x, method.impl),
+            dispatch.choose(x, method.impl, has=dispatch.IMPLS),
         ),
     ]
     other = peers.peer(method, linear(), adapter_dtype) if peer else None

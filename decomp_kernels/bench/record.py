@@ -33,14 +33,23 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """To a temporary name and renamed: a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+        file.write(_text(content))
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
 
 
+def _text(content: dict[str, Any]) -> str:
+    """JSON with one line a row: a difference between two files is then read row by row."""
+    head = json.dumps({name: value for name, value in content.items() if name != "rows"}, indent=1)
+    rows = ",\n  ".join(json.dumps(row) for row in content["rows"])
+    return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
+
+
 def read(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        content = None
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(

@@ -83,7 +83,9 @@ class Directions(Companion):
 
 class Masks(Companion):
     def loss(self) -> Tensor | None:
-        return L0_WEIGHT * diff_pruning.l0_penalty(self.model)
+        own = L0_WEIGHT * diff_pruning.l0_penalty(self.model)
+        asked = super().loss()
+        return own if asked is None else own + asked
 
     def finish(self) -> None:
         diff_pruning.fix_masks(self.model)

@@ -102,7 +102,7 @@ def table(
 
     before = [f"{value:.3f}" for value in frozen.values()]
     if not task.higher_is_better:
-        before.append(f"{math.exp(frozen['loss']):.2f}")
+        before.append(_perplexity(frozen["loss"]))
     rows = [header, ["frozen model", "0", *before, *cost(engine.FROZEN, "frozen")]]
     if compared:
         rows.append(["the same again (control)", "0", *empty, *cost(engine.CONTROL, "frozen")])
@@ -111,7 +111,8 @@ def table(
             _gain(frozen[name], result.after[name], gain) for name, gain in result.gains.items()
         ]
         if not task.higher_is_better:
-            cells.append(f"{math.exp(frozen['loss']):.2f} → {math.exp(result.after['loss']):.2f}")
+            change = (_perplexity(frozen["loss"]), _perplexity(result.after["loss"]))
+            cells.append(" → ".join(change))
         rows.append([result.label, f"{result.trainable:,}", *cells, *cost(result.label, "ours")])
         for row in compared:
             if row.label == result.label and row.kind != "ours":
@@ -161,6 +162,10 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _gain(before: float, after: float, gain: tuple[float, float, float]) -> str:
     return f"{before:.3f} → {after:.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.2f}" if loss < 20 else f"e^{loss:.1f}"
 
 
 def _cost(row: Compared) -> list[str]:

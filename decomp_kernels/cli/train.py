@@ -61,6 +61,7 @@ def run(options: TrainOptions) -> int:
     data = gather(options.data, options.eval_data, options.held_out, pretrained.task)
     task = _task(pretrained, data, options)
     steps = _steps(options, task)
+    _rehearse(pretrained.model, options, steps)
     output = folder.open_job(Path(options.output), options, data.sha256)
     _announce(pretrained, data, options, steps, device)
 
@@ -82,6 +83,17 @@ def run(options: TrainOptions) -> int:
     return 0
 
 
+def _rehearse(base: nn.Module, options: TrainOptions, steps: int) -> None:
+    """Refuse now, and not after the first methods were trained, what the last does not fit.
+
+    On the meta device: the shapes and the modules are the model's, and nothing is computed.
+    """
+    skeleton = twin(base).to("meta")
+    for choice in options.method:
+        model = _adapt(twin(skeleton), choice, options)
+        companion(model, options.mpc, options.mpc_coef, steps)
+
+
 def _one(job: Job, choice: MethodChoice, output: Path) -> tuple[nn.Module, Trained]:
     """Train, measure, save and check one method."""
     options, method = job.options, choice.make()
@@ -101,7 +113,10 @@ def _one(job: Job, choice: MethodChoice, output: Path) -> tuple[nn.Module, Train
     helper.finish()
     after = job.task.evaluate(model.eval(), options.batch_size)
     saved = output / "adapters" / choice.label
-    dk.save_adapter(model, saved)
+    try:
+        dk.save_adapter(model, saved)
+    except OSError as error:
+        raise BadInput(f"cannot write {saved}: {error.strerror or error}") from None
     agreement = checks.agreement(model, job.base, job.fresh, job.task, saved, job.error_of_base)
     print(agreement.line(choice.label), flush=True)
     gains = {
@@ -124,8 +139,9 @@ def _adapt(model: nn.Module, choice: MethodChoice, options: TrainOptions) -> nn.
             dk.adapt(model, choice.make(), options.target_modules, exclude_modules=exclude)
         except (TypeError, ValueError) as error:
             raise BadInput(f"method {choice.name}: {one_line(error)}") from None
-    for warning in caught:
-        print(f"note: {choice.label}: {one_line(warning.message)}")  # type: ignore[arg-type]
+    if next(model.parameters()).device.type != "meta":  # the rehearsal's are the same ones
+        for warning in caught:
+            print(f"note: {choice.label}: {one_line(warning.message)}")  # type: ignore[arg-type]
     return model
 
 

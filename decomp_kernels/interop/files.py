@@ -51,7 +51,7 @@ def save_adapter(
     of the base.  A crash, a full disk or an exception leaves the adapter that was in the folder
     before, or the new one, and never a mixture.  One process at a time writes to a folder.
     """
-    description, tensors = contents(model, adapter_name)
+    description, tensors = contents(_unwrapped(model), adapter_name)
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -82,6 +82,7 @@ def load_adapter(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    whole, model = model, _unwrapped(model)
     description = _read_description(Path(folder))
     name = description.adapter_name if adapter_name is None else adapter_name
     check_adapter_name(name)
@@ -97,7 +98,18 @@ def load_adapter(
     for bias, tensor in fitted.biases.items():
         tensor.copy_(values[bias_key(bias)])
     put_adapters(model, name, adapters, fitted.copies, list(fitted.biases))
-    return model
+    return whole
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel or torch.compile, which add a prefix
+    to every name.
+    """
+    parallel = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    inner: Any = model
+    while isinstance(inner, parallel) or "_orig_mod" in getattr(inner, "_modules", {}):
+        inner = inner.module if isinstance(inner, parallel) else inner._modules["_orig_mod"]
+    return inner
 
 
 def _write(folder: Path, description: Description, tensors: dict[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB as float32: half of a core's level-2 cache or less on 2020s CPUs
+_STORE_ELEMENTS = 1 << 16  # of a product that is rounded as it is stored: 256 KiB as float32
 OUTER_ELEMENTS = 1 << 20  # of dW: enough rows that its GEMM runs at the speed of an undivided one
 
 
@@ -61,13 +62,17 @@ def expand(v: Tensor, small: Tensor, start: Tensor | None, dtype: torch.dtype) -
     if v.dtype == dtype:
         return v @ small if start is None else torch.addmm(start, v, small)
     out = torch.empty(v.shape[0], small.shape[1], dtype=dtype, device=v.device)
-    for rows in row_blocks(out.shape[0], out.shape[1]):
+    buffer = None
+    for rows in row_blocks(out.shape[0], out.shape[1], _STORE_ELEMENTS):
+        if buffer is None:
+            buffer = v.new_empty(rows.stop, small.shape[1])
+        block = buffer[: rows.stop - rows.start]
         if start is None:
-            wide = v[rows] @ small
+            torch.mm(v[rows], small, out=block)
         else:
             first = start if start.dim() == 1 else start[rows]
-            wide = torch.addmm(first.to(v.dtype), v[rows], small)
-        out[rows] = wide
+            torch.addmm(first.to(v.dtype), v[rows], small, out=block)
+        out[rows] = block
     return out
 
 

@@ -284,7 +284,12 @@ def method(name: str) -> Callable[[Made], Made]:
         made.name = name
         generated = made.__init__
 
-        def __init__(self: Any, **options: Any) -> None:
+        def __init__(self: Any, *values: Any, **options: Any) -> None:
+            if values:
+                raise TypeError(
+                    f"{made.__name__} takes its options by name, as in {made.__name__}(r=8), "
+                    f"got {values[0]!r} without one"
+                )
             known = {field.name for field in fields(made)}
             for alias, option in {**ALIASES, **made.aliases}.items():
                 if alias in options and option in known:

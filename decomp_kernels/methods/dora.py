@@ -68,7 +68,7 @@ class DoRA(LowRank):
         adapter.register_buffer("weight_sq", squared_rows(base.weight), persistent=False)
         adapter.weight_seen = _identity(base.weight)
         adapter.kept_norm = None
-        adapter.magnitude = nn.Parameter(self.norm(adapter, base).detach().clone())
+        adapter.magnitude = nn.Parameter(self._norm_now(adapter, base).detach().clone())
 
     def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
@@ -114,5 +114,9 @@ class DoRA(LowRank):
 
 
 def _identity(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    """Changes whenever the values may have: in-place work counts, and so does new storage."""
+    """Changes with the values, by in-place work or by new storage.
+
+    Not with in-place work on ``tensor.data``, which torch does not count: after that, say so with
+    ``layer.load_state_dict(layer.state_dict())``.
+    """
     return tensor.data_ptr(), tensor._version, tensor.dtype

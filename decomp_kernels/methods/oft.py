@@ -98,8 +98,12 @@ class OFT(Method):
 
 def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of ``number`` nearest to ``wanted``, the smaller of two as near."""
-    divisors = (d for d in range(1, number + 1) if number % d == 0)
-    return min(divisors, key=lambda d: (abs(d - wanted), d))
+    distance = 0
+    while True:  # |number - wanted| at the latest: a number divides itself
+        for candidate in (wanted - distance, wanted + distance):
+            if candidate > 0 and number % candidate == 0:
+                return candidate
+        distance += 1
 
 
 def skew(triangle: Tensor, b: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast would run a linear of ``x``, None where it would not."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or not _may_be_on(device):
         return None
     return torch.get_autocast_dtype(device)
 
@@ -22,9 +22,14 @@ def outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(run)
     def body(first: Tensor | list[Tensor], *others: Any) -> Any:
         device = (first[0] if isinstance(first, list) else first).device.type
-        if not torch.is_autocast_enabled(device):
+        if not _may_be_on(device):
             return run(first, *others)
         with torch.autocast(device, enabled=False):
             return run(first, *others)
 
     return body
+
+
+def _may_be_on(device: str) -> bool:
+    """Autocast does not know the meta device, and raises there."""
+    return device != "meta" and torch.is_autocast_enabled(device)

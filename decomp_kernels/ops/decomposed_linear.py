@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from decomp_kernels import dispatch
-from decomp_kernels.factors import ACTIVATIONS, SingularDiagonal, WeightMap
+from decomp_kernels.factors import SingularDiagonal, WeightMap
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
+from decomp_kernels.ops.arguments import check_arguments
 from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
 from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.map_ops import MAP_OPS
@@ -302,7 +303,9 @@ def decomposed_linear(
     (reference/decomposed_linear.py); none of a gradient's second order.  Raises ValueError or
     TypeError before any work where shapes, dtypes, devices or options do not fit.
     """
-    _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activation, dropout)
+    check_arguments(
+        x, weight, bias, down, up, core, in_scale, out_scale, addend, activation, dropout
+    )
     if save_output and bias is not None and out_scale is not None:
         raise ValueError(
             "save_output=True needs a layer without bias: the gradient of out_scale is taken from "
@@ -369,66 +372,3 @@ def _effective(options: _Options, weight: Tensor, mapped: tuple[Tensor, ...]) ->
 
 def _to(t: Tensor | None, dtype: torch.dtype | None):
     return t if t is None or dtype is None else t.to(dtype)
-
-
-def _check(x, weight, bias, down, up, core, in_scale, out_scale, addend, activation, dropout):
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
-    N, K = weight.shape
-    if x.dim() < 1 or x.shape[-1] != K:
-        raise ValueError(
-            f"x must end in the weight's K = {K} columns, got shape {tuple(x.shape)}; "
-            "weight is [out_features, in_features]"
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dtype != weight.dtype and autocast_dtype(x) is None:
-        raise TypeError(
-            f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}; "
-            "convert x or run under torch.autocast"
-        )
-    if (down is None) != (up is None):
-        raise ValueError("down and up come together: give both, or neither")
-    if core is not None and down is None:
-        raise ValueError("core scales the low-rank branch: give down and up with it")
-    if down is not None:
-        r = down.shape[0] if down.dim() == 2 else -1
-        _check_term("down", down, (r, K), x)
-        _check_term("up", up, (N, r), x)
-        if core is not None:
-            _check_term("core", core, (r,), x)
-    if bias is not None:
-        _check_term("bias", bias, (N,), x)
-    if in_scale is not None:
-        _check_term("in_scale", in_scale, (K,), x)
-    if out_scale is not None:
-        _check_term("out_scale", out_scale, (N,), x)
-    if addend is not None:
-        _check_term("addend", addend, (*x.shape[:-1], N), x)
-    if weight.device != x.device:
-        raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
-    if down is not None and autocast_dtype(x) is None:
-        if down.dtype != up.dtype:
-            raise TypeError(f"down and up must have one dtype, got {down.dtype} and {up.dtype}")
-        if down.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):
-            raise TypeError(f"down and up must be {x.dtype} as x is, or float32, got {down.dtype}")
-    if addend is not None and addend.dtype != x.dtype and autocast_dtype(x) is None:
-        raise TypeError(f"addend must be {x.dtype} as x is, got {addend.dtype}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if not 0.0 <= dropout < 1.0 or threshold(dropout) == 65536:
-        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
-
-
-def _check_term(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must have shape {_readable(shape)}, got {tuple(tensor.shape)}")
-    if tensor.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
-
-
-def _readable(shape: tuple[int | None, ...]) -> str:
-    sizes = ["r" if size in (None, -1) else str(size) for size in shape]
-    return f"({sizes[0]},)" if len(sizes) == 1 else f"({', '.join(sizes)})"

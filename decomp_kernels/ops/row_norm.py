@@ -29,21 +29,23 @@ def _squared_rows(weight):
     return aten.squared_rows(weight)
 
 
-@torch.library.impl("decomp_kernels::row_norm_fwd", "CompositeExplicitAutograd")
 @outside_autocast
-def _fwd(weight, weight_sq, down, up, scale, impl):
+def _forward(weight, weight_sq, down, up, scale, impl):
     chosen = _implementation(weight, impl)
     if chosen is reference:
         return reference.forward(weight, down, up, scale)
     return chosen.forward(weight, weight_sq, down, up, scale)
 
 
-@torch.library.impl("decomp_kernels::row_norm_bwd", "CompositeExplicitAutograd")
 @outside_autocast
-def _bwd(d_norm, norm, weight, down, up, scale, impl):
+def _backward(d_norm, norm, weight, down, up, scale, impl):
     chosen = _implementation(weight, impl)
     d_down, d_up = chosen.backward(d_norm, norm, weight, down, up, scale)
     return d_down.to(down.dtype).contiguous(), d_up.to(up.dtype).contiguous()
+
+
+torch.library.impl("decomp_kernels::row_norm_fwd", "CompositeExplicitAutograd", _forward)
+torch.library.impl("decomp_kernels::row_norm_bwd", "CompositeExplicitAutograd", _backward)
 
 
 @torch.library.register_fake("decomp_kernels::squared_rows")
@@ -74,7 +76,8 @@ bwd = torch.ops.decomp_kernels.row_norm_bwd.default
 class _RowNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, weight_sq, down, up, scale, impl):
-        norm = fwd(weight, weight_sq, down, up, scale, impl)
+        run = fwd if torch.compiler.is_compiling() else _forward
+        norm = run(weight, weight_sq, down, up, scale, impl)
         ctx.save_for_backward(norm, weight, down, up)
         ctx.scale, ctx.impl = scale, impl
         return norm
@@ -82,7 +85,8 @@ class _RowNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_norm):
-        d_down, d_up = bwd(d_norm, *ctx.saved_tensors, ctx.scale, ctx.impl)
+        run = bwd if torch.compiler.is_compiling() else _backward
+        d_down, d_up = run(d_norm, *ctx.saved_tensors, ctx.scale, ctx.impl)
         return None, None, d_down, d_up, None, None
 
 

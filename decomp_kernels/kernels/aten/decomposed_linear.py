@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from decomp_kernels import dispatch
 from decomp_kernels.kernels import columns, gemm, mask
 from decomp_kernels.reference.decomposed_linear import (
     Gradients,
@@ -97,19 +98,24 @@ def backward(
     elif need.bias:
         d_bias = dy.sum(0, dtype=None if bias is None else bias.dtype)
 
-    d_X = d_down = d_up = d_core = None
+    dt = d_X = d_down = d_up = d_core = None
+    after = False  # whether the branch is added after the base GEMM
     if down is not None and up is not None:
         dt, d_up, d_core = _low_rank(
             dy, up, core, out_scale, t, scale, activation,
             needs=(bool(need_dX or need.down), bool(need.up), bool(need.core)),
         )  # fmt: skip
         if dt is not None:
+            after = seed is None and dt.dtype == dy.dtype and dispatch.base_gemm_first(dy)
             d_X, d_down = _to_input(
-                dt, x, down, in_scale, seed, dropout, dy.dtype, need_dX, bool(need.down)
-            )
+                dt, x, down, in_scale, seed, dropout, dy.dtype, need_dX and not after,
+                bool(need.down),
+            )  # fmt: skip
 
     if need_dX:
         d_X = g @ weight if d_X is None else gemm.accumulate(d_X, g, weight)
+        if after:
+            gemm.accumulate(d_X, dt, down)  # type: ignore[arg-type]
     d_x, d_in = d_X, None
     if in_scale is not None and d_X is not None:
         d_x, d_in, _ = columns.scale_columns_backward(
