@@ -290,3 +290,28 @@ def test_the_command_prints_a_table_and_fails_on_problems(monkeypatch, capsys):
     rows.append(row | {"problems": ["does not compile"]})
     assert main(["inspect"]) == 1
     assert "1 of 2 compiled kernels have problems" in capsys.readouterr().err
+
+
+SPECIALISED = """
+from dataclasses import replace
+from importlib import import_module
+from decomp_kernels.cli.inspect import KERNELS, _compile
+from decomp_kernels.kernels.triton.configurations import entries
+
+for kernel in KERNELS:
+    module = import_module(f"decomp_kernels.kernels.triton.{kernel}")
+    *_, specimen = module.specimens(entries(kernel)[0]["config"])
+    ones = tuple(name for name in specimen.types if name in ("M", "R", "N", "K", "C"))
+    constants = specimen.constants | ({"ALIGNED": False} if "seed_ptr" in specimen.types else {})
+    _compile(replace(specimen, aligned=False, constants=constants), "sm_80")
+    for unit in ones:
+        _compile(replace(specimen, unit=(*specimen.unit, unit)), "sm_80")
+    print(kernel)
+"""
+
+
+def test_odd_sizes_and_sizes_of_one_compile():
+    """The launcher makes a constant of a size that is 1, and knows which are multiples of 16."""
+    done = compiled(SPECIALISED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split() == list(KERNELS)
