@@ -289,6 +289,24 @@ def test_layer_suite_writes_what_the_schema_says(tmp_path, capsys):
         assert f"| {verdict} " in line
 
 
+def test_a_table_goes_between_its_two_lines_of_a_document(tmp_path, capsys):
+    output, document = tmp_path / "layer.json", tmp_path / "page.md"
+    assert bench("layer", "--methods", "ia3", "--shape", "8,16,24", "--rounds", 1, "--threads", 1,
+                 "--dtype", "float32", "--output", output) == 0  # fmt: skip
+    document.write_text("before\n<!-- layers -->\nold\n<!-- end of layers -->\nafter\n")
+    for _ in range(2):
+        assert bench("table", output, "--into", document) == 0
+        text = document.read_text()
+        assert text.startswith("before\n<!-- layers -->\n\n")
+        assert text.endswith("\n\n<!-- end of layers -->\nafter\n")
+        assert text.count("| ia3 ") == 1
+        assert "old" not in text
+    document.write_text("nothing marked")
+    assert bench("table", output, "--into", document) == 2
+    assert "must have one line <!-- layers -->" in capsys.readouterr().err
+    assert document.read_text() == "nothing marked"
+
+
 def test_peers_compute_something_with_the_same_parameters():
     pytest.importorskip("peft")
     for row in layers.rows([*peers.CONFIGS], [(8, 16, 24)], ["float32"], 4):

@@ -61,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     table.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     table.add_argument("--goals", type=Path, metavar="GOALS.json")
+    table.add_argument(
+        "--into", type=Path, metavar="FILE.md",
+        help="write the table into this file, between its <!-- goals --> or <!-- layers --> lines",
+    )  # fmt: skip
     table.add_argument("--phase", choices=("forward", "backward", "both"), default="both")
     table.add_argument("--picture", type=Path, metavar="FILE.png")
 
@@ -70,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         todo = _todo(args) if args.suite == "layer" else []
         contents = [record.read(path) for path in args.files] if args.suite == "table" else []
+        if args.suite == "table" and args.into is not None:
+            report.check_marked(args.into, "layers" if args.goals is None else "goals")
     except (OSError, ValueError) as error:
         print(f"decomp-kernels bench: error: {error}", file=sys.stderr)
         return 2
@@ -121,15 +127,18 @@ def _layer(args: argparse.Namespace, todo: list[layers.Row]) -> int:
 
 def _table(args: argparse.Namespace, contents: list[dict[str, Any]]) -> int:
     rows = [row for content in contents for row in content["rows"]]
-    for content in contents:
-        print(_headline(content))
-    print()
     if args.goals is None:
-        print(report.table(rows, args.phase))
+        name, table = "layers", report.table(rows, args.phase)
     else:
-        print(report.against_goals(rows, json.loads(args.goals.read_text())["goals"]))
+        goals = json.loads(args.goals.read_text())["goals"]
+        name, table = "goals", report.against_goals(rows, goals)
+    headlines = [_headline(content) for content in contents]
+    print("\n".join([*headlines, "", table]))
+    if args.into is not None:
+        report.put_into(args.into, name, "\n\n".join([*headlines, table]))
+        print(f"written: {args.into}")
     if args.picture is not None:
-        report.picture(rows, args.picture, _headline(contents[0]))
+        report.picture(rows, args.picture, headlines[0])
         print(f"written: {args.picture}")
     return 0
 
