@@ -259,9 +259,12 @@ def test_second_order_gradients_are_refused():
 
 @impls
 @pytest.mark.parametrize("dtype", ["fp32", "bf16-fp32"])
-def test_registration(dtype, impl):
+@pytest.mark.parametrize("layout", ["row-major", "column-major"])
+def test_registration(layout, dtype, impl):
     for terms in ([], ["branch", "bias"], OPTIONAL):
         t = {k: v.detach() for k, v in make(terms, dtype).items()}
+        if layout == "column-major":  # as a triangular solve returns its result
+            t = {k: v.mT.contiguous().mT if v.dim() > 1 else v for k, v in t.items()}
         options = (torch.tensor(3), 0.5, 0.25, "gelu")
         keep = ["branch" in terms, "out_scale" in terms]
         shared = (t["weight"], None, "dense", *(t.get(n) for n in NAMES[2:8]))

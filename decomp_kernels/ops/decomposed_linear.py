@@ -124,7 +124,8 @@ def _bwd_fake(
     t, z, seed, scale, dropout, activation, needs, impl,
 ):  # fmt: skip
     fake = _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs)
-    return tuple(_absent(dy) if like is None else torch.empty_like(like) for like in fake)
+    # Contiguous whatever the layout of the tensor that the gradient is for.
+    return tuple(_absent(dy) if like is None else like.new_empty(like.shape) for like in fake)
 
 
 def _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs):
