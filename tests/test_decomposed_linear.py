@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -133,7 +133,6 @@ def test_odd_shapes_and_ranks(shape, r, dtype, impl):
     check_against_formula(make(OPTIONAL, dtype, shape, K=67, N=45, r=r), impl)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     M=st.integers(0, 33),
     K=st.integers(1, 40),
