@@ -8,8 +8,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-IMPLS = ("auto", "reference", "aten", "triton:passes")
 EVERYWHERE = ("reference", "aten")  # what every operator has
+TRITON_FORMS = ("triton:passes",)  # an operator with a single form has that under every name
+IMPLS = ("auto", *EVERYWHERE, *TRITON_FORMS)
 VARIABLE = "DECOMP_KERNELS_IMPL"
 INTERPRET = "TRITON_INTERPRET"
 

@@ -1,13 +1,16 @@
 """Planted bugs: each must make a check of its kernel fail.  python tests/triton_mutants.py
 
-A mutant is one edit of one file of kernels/triton, loaded from a copy of that folder.
+A mutant is one edit of one file of kernels/triton, loaded from a copy of that folder.  Files named
+triton_<topic>_mutants.py beside this one hold the MUTANTS of further kernels and the ``run`` that
+each must make fail.
 """
 
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,7 +129,7 @@ def run(check: str) -> None:
                 checks.operator(dtype, dropping)
 
 
-def survives(mutant: Mutant) -> bool:
+def survives(mutant: Mutant, run: Callable[[str], None] = run) -> bool:
     with planted(mutant):
         try:
             run(mutant.check)
@@ -136,14 +139,18 @@ def survives(mutant: Mutant) -> bool:
 
 
 def main() -> int:
-    for check in sorted({mutant.check for mutant in MUTANTS}):
-        run(check)  # passes on the kernels as they are
-    survivors = 0
-    for mutant in MUTANTS:
-        alive = survives(mutant)
-        survivors += alive
-        print(f"{'SURVIVES' if alive else 'found':<9} {mutant.file:<18} {mutant.what}", flush=True)
-    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} planted bugs found")
+    files = sorted(Path(__file__).parent.glob("triton*_mutants.py"))
+    survivors = planted_bugs = 0
+    for module in (import_module(file.stem) for file in files):
+        for check in sorted({mutant.check for mutant in module.MUTANTS}):
+            module.run(check)  # passes on the kernels as they are
+        for mutant in module.MUTANTS:
+            alive = survives(mutant, module.run)
+            survivors += alive
+            planted_bugs += 1
+            word = "SURVIVES" if alive else "found"
+            print(f"{word:<9} {mutant.file:<18} {mutant.what}", flush=True)
+    print(f"{planted_bugs - survivors} of {planted_bugs} planted bugs found")
     return 1 if survivors else 0
 
 

@@ -8,9 +8,15 @@ from torch import Tensor
 from decomp_kernels import dispatch
 
 
-def implementation(x: Tensor, impl: str, reference: Any, aten: Any, triton: str) -> Any:
-    """``reference``, ``aten`` or kernels/triton/<triton>.py, which alone imports Triton."""
-    chosen = dispatch.choose(x, impl, has=dispatch.IMPLS)
-    if chosen.startswith("triton:"):
-        return import_module(f"decomp_kernels.kernels.triton.{triton}")
+def implementation(
+    x: Tensor, impl: str, reference: Any, aten: Any, triton: str | dict[str, str]
+) -> Any:
+    """``reference``, ``aten`` or a file of kernels/triton, which alone imports Triton.
+
+    triton: the file's name; where the operator has several forms, the name of each.
+    """
+    files = dict.fromkeys(dispatch.TRITON_FORMS, triton) if isinstance(triton, str) else triton
+    chosen = dispatch.choose(x, impl, has=(*dispatch.EVERYWHERE, *files))
+    if chosen in files:
+        return import_module(f"decomp_kernels.kernels.triton.{files[chosen]}")
     return reference if chosen == "reference" else aten
