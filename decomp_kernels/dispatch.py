@@ -1,38 +1,98 @@
 """Which implementation runs.  The only file that asks what machine this is."""
 
 import os
-from collections.abc import Container
+from collections.abc import Callable, Container
 from functools import cache
 from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from decomp_kernels import tables
 
 EVERYWHERE = ("reference", "aten")  # what every operator has
 TRITON_FORMS = ("triton:passes",)  # an operator with a single form has that under every name
 IMPLS = ("auto", *EVERYWHERE, *TRITON_FORMS)
 VARIABLE = "DECOMP_KERNELS_IMPL"
 INTERPRET = "TRITON_INTERPRET"
+ANY = "any"  # the architecture of what is no GPU
 
 
-def choose(x: Tensor, impl: str = "auto", has: Container[str] = EVERYWHERE) -> str:
+class Work(NamedTuple):
+    """One call of an operator, as the table of implementations knows it."""
+
+    operator: str
+    direction: str  # forward or backward
+    M: int  # tokens; rows of W for an operator on W alone
+    NK: int  # elements of W
+    r: int  # rank, 0 without a low-rank branch
+    base: str  # dtype of x and W
+    adapter: str  # float32, or narrow as the base is
+    dropout: bool = False
+
+
+class Choice(NamedTuple):
+    impl: str
+    why: str
+    measured: dict[str, Any] | None = None  # what the table says of the measurement
+
+
+def choose(
+    x: Tensor,
+    impl: str = "auto",
+    has: Container[str] = EVERYWHERE,
+    work: Callable[[], Work] | None = None,
+) -> str:
     """The implementation for an operator on ``x``: ``impl`` itself, or what ``auto`` stands for.
 
-    ``auto`` takes the environment variable DECOMP_KERNELS_IMPL where it is set, and else the
-    composition of library calls, which runs on every device.  It never takes Triton by itself:
-    nobody has measured where that is faster.  has: the implementations of this operator.  A named
-    one is never replaced: RuntimeError where it cannot run on ``x`` or the operator has none.
+    ``auto`` takes the environment variable DECOMP_KERNELS_IMPL where it is set.  Else it takes, on
+    a GPU, what the table of implementations has for this architecture and ``work``; where nobody
+    has measured, and on the CPU, the composition of library calls.  has: the implementations of
+    this operator.  A named one is never replaced: RuntimeError where it cannot run on ``x`` or the
+    operator has none.
     """
     check(impl)
     if impl == "auto":
-        impl = os.environ.get(VARIABLE, "auto")
-        check(impl, f"the environment variable {VARIABLE}")
+        impl = named_by_environment()
     if impl == "auto":
-        return "aten"
+        arch = architecture(x.device)
+        if work is None or arch == ANY:
+            return "aten"
+        chosen = measured_choice(arch, work()).impl
+        return chosen if chosen in has and why_not(x, chosen) is None else "aten"
     why = why_not(x, impl) if impl in has else "this operator has no such implementation yet"
     if why:
         raise RuntimeError(f"impl={impl!r} cannot run: {why}; use impl='aten' or impl='auto'")
     return impl
+
+
+def dtype_names(weight: Tensor, small: Tensor) -> tuple[str, str]:
+    """The base's and the adapter's dtype as tables have them: float32, or narrow."""
+    base = "float32" if weight.dtype == torch.float32 else "narrow"
+    return base, base if small.dtype == weight.dtype else "float32"
+
+
+def named_by_environment() -> str:
+    """What DECOMP_KERNELS_IMPL names: ``auto`` where it is not set."""
+    impl = os.environ.get(VARIABLE, "auto")
+    check(impl, f"the environment variable {VARIABLE}")
+    return impl
+
+
+def measured_choice(arch: str, work: Work) -> Choice:
+    """What the table has for this call, and whose measurement says so."""
+    sizes = {"M": work.M, "NK": work.NK, "r": work.r}
+    kinds: dict[str, Any] = {
+        "operator": work.operator, "base": work.base, "adapter": work.adapter,
+        "dropout": work.dropout,
+    }  # fmt: skip
+    entry = tables.first(tables.IMPLEMENTATIONS, arch, sizes, **kinds)
+    measured = entry["measured"] or None
+    if measured is None:
+        return Choice(entry[work.direction], f"nobody has measured this on {arch}: library calls")
+    why = f"the fastest on {measured['gpu']}, measured {measured['date']}"
+    return Choice(entry[work.direction], why, measured)
 
 
 def check(impl: str, where: str = "impl") -> None:
@@ -59,8 +119,8 @@ def why_not(x: Tensor, impl: str) -> str | None:
 
 
 def architecture(device: torch.device) -> str:
-    """Of a GPU, as compilers name it: "sm_90", "gfx942"; "any" of everything else."""
-    return _gpu_architecture(device) if device.type == "cuda" else "any"
+    """Of a GPU, as compilers name it: "sm_90", "gfx942"; ANY of everything else."""
+    return _gpu_architecture(device) if device.type == "cuda" else ANY
 
 
 @cache

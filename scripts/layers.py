@@ -4,6 +4,7 @@ A file may import what stands in a lower layer, its own folder, and its PEERS.
 """
 
 LAYERS = [
+    {"tables": "choices by architecture and size, shipped and measured"},
     {
         "factors": "the form that every method lowers to",
         "dispatch": "which implementation runs, and why",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from decomp_kernels import dispatch
+from decomp_kernels import dispatch, tables
 from decomp_kernels.cli.errors import BadInput, CheckFailed, one_line
 
 KERNELS = ("down_projection", "up_expansion", "column_walk", "row_norm")
@@ -72,13 +72,17 @@ def inspect(
     On a bf16 base with every option of the kernel, the adapter as the configuration is for;
     ``everything`` takes each dtype and option.  last_entry: one configuration a kernel.
     """
-    from decomp_kernels.kernels.triton.configurations import entries, suits
+    from decomp_kernels.kernels.triton.configurations import width
 
     for kernel in kernels or KERNELS:
         module = importlib.import_module(f"decomp_kernels.kernels.triton.{kernel}")
-        for number, entry in list(enumerate(entries(kernel)))[-1 if last_entry else 0 :]:
+        for number, entry in list(enumerate(tables.shipped(kernel)))[-1 if last_entry else 0 :]:
             found = list(module.specimens(entry["config"]))
-            specimens = [s for s in found if suits(entry, s.name.split()[0].endswith("fp32"))]
+            specimens = [
+                s
+                for s in found
+                if tables.fits(entry, adapter=width(s.name.split()[0].endswith("fp32")))
+            ]
             if not everything:
                 specimens = [s for s in specimens if s.name.startswith("bf16")]
                 first = specimens[0].name.split()[0]  # bf16, or bf16-fp32 where it is for float32

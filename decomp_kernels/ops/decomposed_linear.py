@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from decomp_kernels import dispatch
+from decomp_kernels.dispatch import Work, dtype_names
 from decomp_kernels.factors import SingularDiagonal, WeightMap
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
@@ -51,7 +52,8 @@ def _forward(
     """y [..., N], and t [M, r] and z [M, N] where ``keep`` asks for them, else None."""
     N, K = weight.shape
     matrix = x.dim() == 2
-    chosen = implementation(x, impl, reference, aten, "decomposed_linear")
+    work = _work("forward", x, weight, down, dropout)
+    chosen = implementation(x, impl, reference, aten, "decomposed_linear", work)
     y, t, z = chosen.forward(
         x if matrix else x.reshape(-1, K), weight, bias, down, up, core, in_scale, out_scale,
         None if addend is None else addend.reshape(-1, N), seed, scale, dropout, activation,
@@ -69,7 +71,8 @@ def _backward(
     """Gradients: each in its tensor's shape and dtype, None where it is not asked for."""
     N, K = weight.shape
     matrix = dy.dim() == 2
-    chosen = implementation(dy, impl, reference, aten, "decomposed_linear")
+    work = _work("backward", dy, weight, down, dropout)
+    chosen = implementation(dy, impl, reference, aten, "decomposed_linear", work)
     grads = chosen.backward(
         dy if matrix else dy.reshape(-1, N),
         x if x is None or matrix else x.reshape(-1, K),
@@ -89,6 +92,18 @@ def _backward(
         d_addend = None if grads.addend is None else grads.addend.view(*lead, N)
         grads = grads._replace(x=d_x, addend=d_addend)
     return grads
+
+
+def _work(direction: str, rows: Tensor, weight: Tensor, down: Tensor | None, dropout: float):
+    """What ``auto`` looks up on a GPU, made where it does."""
+
+    def work() -> Work:
+        r = 0 if down is None else down.shape[0]
+        M = rows.numel() // max(rows.shape[-1], 1)
+        dtypes = dtype_names(weight, weight if down is None else down)
+        return Work("decomposed_linear", direction, M, weight.numel(), r, *dtypes, dropout > 0.0)
+
+    return work
 
 
 @torch.library.impl("decomp_kernels::decomposed_linear_fwd", "CompositeExplicitAutograd")

@@ -6,6 +6,7 @@ Formula and gradients: reference/row_norm.py.  DoRA (arXiv 2402.09353) divides i
 import torch
 from torch import Tensor
 
+from decomp_kernels.dispatch import Work, dtype_names
 from decomp_kernels.kernels.aten import row_norm as aten
 from decomp_kernels.ops.autocast import outside_autocast
 from decomp_kernels.ops.implementation import implementation
@@ -31,7 +32,7 @@ def _squared_rows(weight):
 
 @outside_autocast
 def _forward(weight, weight_sq, down, up, scale, impl):
-    chosen = _implementation(weight, impl)
+    chosen = _implementation(weight, down, "forward", impl)
     if chosen is reference:
         return reference.forward(weight, down, up, scale)
     return chosen.forward(weight, weight_sq, down, up, scale)
@@ -39,7 +40,7 @@ def _forward(weight, weight_sq, down, up, scale, impl):
 
 @outside_autocast
 def _backward(d_norm, norm, weight, down, up, scale, impl):
-    chosen = _implementation(weight, impl)
+    chosen = _implementation(weight, down, "backward", impl)
     d_down, d_up = chosen.backward(d_norm, norm, weight, down, up, scale)
     return d_down.to(down.dtype).contiguous(), d_up.to(up.dtype).contiguous()
 
@@ -64,8 +65,13 @@ def _bwd_fake(d_norm, norm, weight, down, up, scale, impl):
     return down.new_empty(down.shape), up.new_empty(up.shape)
 
 
-def _implementation(weight: Tensor, impl: str):
-    return implementation(weight, impl, reference, aten, "row_norm")
+def _implementation(weight: Tensor, down: Tensor, direction: str, impl: str):
+    def work() -> Work:
+        M, r = weight.shape[0], down.shape[0]
+        dtypes = dtype_names(weight, down)
+        return Work("row_norm", direction, M, weight.numel(), r, *dtypes)
+
+    return implementation(weight, impl, reference, aten, "row_norm", work)
 
 
 squared_rows = torch.ops.decomp_kernels.squared_rows.default

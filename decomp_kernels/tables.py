@@ -1,0 +1,122 @@
+"""Tables of choices: the tile a kernel runs with, the implementation that ``auto`` takes.
+
+A table is a JSON file {"about": ..., "entries": [...]}; the first entry that fits is taken.  One
+fits where its ``arch`` is the device's ("any" fits all), where every limit in its ``when``
+({"M_max": 16, "r_max": 32}) holds, and where each kind that it names is that of the call
+("adapter": "float32"; a kind that it does not name may be any).  ``measured`` says on which GPU,
+with which versions and when, or is false where nobody has.
+
+Tables come with the package (kernels/configs).  ``decomp-kernels tune`` writes tables of the same
+names into the user's folder; their entries come first.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+Entry = dict[str, Any]
+
+FORMAT = "decomp_kernels.table/1"
+IMPLEMENTATIONS = "implementations"  # the table that ``auto`` reads
+STALE = "made for another version of decomp_kernels: run `decomp-kernels tune` again"
+
+
+def first(name: str, arch: str, sizes: dict[str, int], **kinds: str | bool) -> Entry:
+    """The first entry of table ``name`` for these sizes and kinds on this architecture."""
+    for entry in entries(name):
+        if entry["arch"] in (arch, "any") and fits(entry, **kinds) and holds(entry, sizes):
+            return entry
+    raise LookupError(f"configs/{name}.json has no entry for any size; its last must have none")
+
+
+def fits(entry: Entry, **kinds: str | bool) -> bool:
+    """Whether the entry is for calls of these kinds."""
+    return all(entry.get(kind, value) == value for kind, value in kinds.items())
+
+
+def holds(entry: Entry, sizes: dict[str, int]) -> bool:
+    """Whether every limit of the entry holds."""
+    return all(sizes[limit.removesuffix("_max")] <= most for limit, most in entry["when"].items())
+
+
+@cache
+def entries(name: str) -> list[Entry]:
+    """The user's entries of table ``name``, then the package's."""
+    return [*_users(name), *shipped(name)]
+
+
+def shipped(name: str) -> list[Entry]:
+    return json.loads(_shipped_text(name))["entries"]
+
+
+def fingerprint(name: str) -> str:
+    """Of the package's own table: entries measured beside another one may name other tiles."""
+    return hashlib.sha256(_shipped_text(name).encode()).hexdigest()[:16]
+
+
+def user_folder() -> Path:
+    """Where ``decomp-kernels tune`` writes unless told otherwise, and where tables are read."""
+    return Path.home() / ".cache" / "decomp_kernels"
+
+
+def write(folder: Path, name: str, made: list[Entry]) -> Path:
+    """Write ``made`` as table ``name`` of ``folder``, whole or not at all; it is read from now on.
+
+    Entries that are there already stay behind the new ones, but those that the new ones replace.
+    """
+    path = folder / f"{name}.json"
+    kept = [] if not path.exists() else [e for e in _read(path, name) or [] if not _within(e, made)]
+    content = {"format": FORMAT, "beside": fingerprint(name)}
+    lines = ",\n  ".join(json.dumps(entry) for entry in [*made, *kept])
+    text = f'{json.dumps(content)[:-1]},\n "entries": [\n  {lines}\n ]}}\n'
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+    entries.cache_clear()
+    return path
+
+
+def _within(old: Entry, made: list[Entry]) -> bool:
+    """Whether a new entry answers for the same calls."""
+
+    def call(entry: Entry) -> Entry:
+        told = ("config", "forward", "backward", "measured")
+        return {name: value for name, value in entry.items() if name not in told}
+
+    return any(call(old) == call(new) for new in made)
+
+
+def _shipped_text(name: str) -> str:
+    return files("decomp_kernels.kernels").joinpath(f"configs/{name}.json").read_text()
+
+
+def _users(name: str) -> list[Entry]:
+    path = user_folder() / f"{name}.json"
+    found = _read(path, name) if path.exists() else []
+    if found is None:
+        warnings.warn(f"{path} is not used: it was {STALE}", stacklevel=2)
+    return found or []
+
+
+def _read(path: Path, name: str) -> list[Entry] | None:
+    """The entries of a user's table; None where they were made beside another table."""
+    try:
+        content = json.loads(path.read_text())
+        beside, found = content["beside"], content["entries"]
+        sound = content["format"] == FORMAT and all(
+            isinstance(entry["arch"], str) and isinstance(entry["when"], dict) for entry in found
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"{path} must be a table that `decomp-kernels tune` wrote, and cannot be read as one; "
+            "delete it, or run `decomp-kernels tune` again"
+        )
+    return found if beside == fingerprint(name) else None
