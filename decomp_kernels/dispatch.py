@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Container
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -53,33 +53,45 @@ def choose(
     operator has none.
     """
     check(impl)
+    arch = architecture(x.device)
+    if impl == "auto" and arch == ANY and VARIABLE not in os.environ:
+        return "aten"  # what ``decide`` would say, a microsecond earlier
+    return decide(impl, has, arch, work, lambda form: why_not(x, form)).impl
+
+
+def decide(
+    impl: str,
+    has: Container[str],
+    arch: str,
+    work: Callable[[], Work] | None,
+    why_not: Callable[[str], str | None],
+) -> Choice:
+    """``choose`` for an architecture that need not be at hand, with the reason.
+
+    why_not: why an implementation cannot run there, None where it can.
+    """
+    check(impl)
+    source = f"impl={impl!r}"
     if impl == "auto":
         impl = named_by_environment()
-    if impl == "auto":
-        arch = architecture(x.device)
-        if work is None or arch == ANY:
-            return "aten"
-        chosen = measured_choice(arch, work()).impl
-        return chosen if chosen in has and why_not(x, chosen) is None else "aten"
-    why = why_not(x, impl) if impl in has else "this operator has no such implementation yet"
+        source = f"the environment variable {VARIABLE}={impl}"
+    if impl != "auto":
+        why = why_not(impl) if impl in has else "this operator has no such implementation yet"
+        if why:
+            raise RuntimeError(f"impl={impl!r} cannot run: {why}; use impl='aten' or impl='auto'")
+        return Choice(impl, f"named by {source}")
+    if arch == ANY:
+        return Choice("aten", "on a CPU there is nothing faster than library calls yet")
+    if work is None:
+        return Choice("aten", "library calls: this operator has no table of measurements")
+    chosen = measured_choice(arch, work())
+    why = why_not(chosen.impl) if chosen.impl in has else "this operator has none"
     if why:
-        raise RuntimeError(f"impl={impl!r} cannot run: {why}; use impl='aten' or impl='auto'")
-    return impl
+        return Choice("aten", f"library calls: {chosen.impl} was measured fastest, but {why}")
+    return chosen
 
 
-def dtype_names(weight: Tensor, small: Tensor) -> tuple[str, str]:
-    """The base's and the adapter's dtype as tables have them: float32, or narrow."""
-    base = "float32" if weight.dtype == torch.float32 else "narrow"
-    return base, base if small.dtype == weight.dtype else "float32"
-
-
-def named_by_environment() -> str:
-    """What DECOMP_KERNELS_IMPL names: ``auto`` where it is not set."""
-    impl = os.environ.get(VARIABLE, "auto")
-    check(impl, f"the environment variable {VARIABLE}")
-    return impl
-
-
+@lru_cache(maxsize=4096)  # a few a layer; tune clears it
 def measured_choice(arch: str, work: Work) -> Choice:
     """What the table has for this call, and whose measurement says so."""
     sizes = {"M": work.M, "NK": work.NK, "r": work.r}
@@ -93,6 +105,19 @@ def measured_choice(arch: str, work: Work) -> Choice:
         return Choice(entry[work.direction], f"nobody has measured this on {arch}: library calls")
     why = f"the fastest on {measured['gpu']}, measured {measured['date']}"
     return Choice(entry[work.direction], why, measured)
+
+
+def dtype_names(weight: Tensor, small: Tensor) -> tuple[str, str]:
+    """The base's and the adapter's dtype as tables have them: float32, or narrow."""
+    base = "float32" if weight.dtype == torch.float32 else "narrow"
+    return base, base if small.dtype == weight.dtype else "float32"
+
+
+def named_by_environment() -> str:
+    """What DECOMP_KERNELS_IMPL names: ``auto`` where it is not set."""
+    impl = os.environ.get(VARIABLE, "auto")
+    check(impl, f"the environment variable {VARIABLE}")
+    return impl
 
 
 def check(impl: str, where: str = "impl") -> None:
@@ -143,3 +168,17 @@ def base_gemm_first(x: Tensor) -> bool:
     the base GEMM.  On a GPU the read of the buffer hides under the arithmetic.
     """
     return x.device.type == "cpu" and x.element_size() == 2
+
+
+def block_elements(device: torch.device, on_cpu: int) -> int:
+    """Elements of the blocks in which library calls walk a large tensor.
+
+    On a CPU a block stays in cache.  On a GPU it costs a few launches, which it must outlast:
+    2^24 elements, 64 MiB as float32 (by arithmetic, not measured).
+    """
+    return max(on_cpu, 1 << 24) if device.type == "cuda" else on_cpu
+
+
+def device_name(device: torch.device) -> str:
+    """What the driver calls a GPU; of everything else, its type."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -8,6 +8,7 @@ LAYERS = [
     {
         "factors": "the form that every method lowers to",
         "dispatch": "which implementation runs, and why",
+        "roofline": "what an implementation computes and moves at the least",
     },
     {"reference": "the definition of each operator and its gradients, plainly"},
     {"kernels": "fast implementations; aten: of library calls; triton: of Triton kernels"},
@@ -26,6 +27,7 @@ LAYERS = [
         "model": "adapt, merge, remove, ...",
         "constraints": "MPC over a whole model",
         "optimizer": "parameter groups",
+        "explain": "one layer's choice, with its reason and its roofline",
     },
     {
         "interop": "files; other libraries",

@@ -163,7 +163,7 @@ def test_dropout_over_several_blocks(impl, monkeypatch):
 
     monkeypatch.setattr(mask, "BLOCK_ELEMENTS", 100)
     whole = gemm.row_blocks
-    monkeypatch.setattr(gemm, "row_blocks", lambda m, k, e=100: whole(m, k, min(e, 100)))
+    monkeypatch.setattr(gemm, "row_blocks", lambda of, e=100, k=None: whole(of, min(e, 100), k))
     for dtype in ("fp32", "bf16-fp32"):
         tensors = make(OPTIONAL, dtype, (50,), K=33)
         seed, p = torch.tensor(77), 0.4

@@ -25,8 +25,8 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Walk in blocks of a few rows, so that the small tensors of a test need many."""
-    monkeypatch.setattr(gemm.row_blocks, "__defaults__", (64,))
-    monkeypatch.setattr(gemm.outer_blocks, "__defaults__", (64,))
+    monkeypatch.setattr(gemm.row_blocks, "__defaults__", (64, None))
+    monkeypatch.setattr(gemm.outer_blocks, "__defaults__", (64, None))
     monkeypatch.setattr(gemm, "OUTER_ELEMENTS", 64)
 
 

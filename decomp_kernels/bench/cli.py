@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from decomp_kernels.bench import layers, record, report
+from decomp_kernels.bench.shapes import shape
 
 SHAPES = [(512, 1024, 1024), (512, 2048, 2048)]
 QUICK = [(64, 256, 256)]
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     layer.add_argument("--methods", nargs="+", metavar="NAME", help="default: the whole registry")
     layer.add_argument(
-        "--shape", type=_shape, action="append", metavar="M,K,N",
+        "--shape", type=shape, action="append", metavar="M,K,N",
         help="tokens, in, out; may be repeated (default: 512 tokens at 1024 and 2048)",
     )  # fmt: skip
     layer.add_argument("--dtype", nargs="+", choices=layers.DTYPES, default=["float32", "bfloat16"])
@@ -189,16 +190,6 @@ def _headline(content: dict[str, Any]) -> str:
         f"{protocol['processes']} processes, {known}, commit {(content['commit'] or '?')[:12]}, "
         f"{content['date']}"
     )
-
-
-def _shape(text: str) -> tuple[int, int, int]:
-    sizes = text.split(",")
-    if len(sizes) != 3 or not all(size.strip().isdigit() and int(size) > 0 for size in sizes):
-        raise argparse.ArgumentTypeError(
-            f"a shape must be three positive numbers M,K,N such as 512,1024,1024, got {text!r}"
-        )
-    M, K, N = map(int, sizes)
-    return M, K, N
 
 
 def _positive(text: str) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from decomp_kernels import __version__
-from decomp_kernels.cli import info, inspect, methods
+from decomp_kernels.bench.shapes import shape
+from decomp_kernels.cli import explain, info, inspect, methods
 from decomp_kernels.cli.errors import BadInput, CheckFailed, Interrupted
 
 TRAIN = """\
@@ -73,6 +74,20 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     compiled.add_argument("--arch", action="append", choices=inspect.LIMITS, help="only this")
     compiled.add_argument("--json", action="store_true")
     compiled.set_defaults(run=inspect.run)
+
+    told = commands.add_parser("explain", help="one layer: which implementation, why, roofline")
+    told.add_argument("--method", default="lora", metavar="NAME", help="default: lora")
+    told.add_argument("-O", "--option", action="append", default=[], metavar="KEY=VALUE")
+    told.add_argument(
+        "--shape", type=shape, default=(8192, 4096, 4096), metavar="M,K,N",
+        help="tokens, in, out (default: 8192,4096,4096)",
+    )  # fmt: skip
+    told.add_argument("--dtype", choices=explain.DTYPES, default="bfloat16", help="of the base")
+    told.add_argument("--float32-adapter", action="store_true", help="on a 16-bit base, as PEFT")
+    told.add_argument("--device", metavar="GPU", help="H200, ...; default: the CPU")
+    told.add_argument("--inference", action="store_true", help="the forward alone")
+    told.add_argument("--json", action="store_true")
+    told.set_defaults(run=explain.run)
 
     bench = commands.add_parser("bench", help="time and memory, next to PEFT's")
     if arguments[:1] == ["bench"]:  # its suites are imported by itself alone

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from decomp_kernels import dispatch
+
 _BLOCK_ELEMENTS = 1 << 18  # 1 MiB as float32: half of a core's level-2 cache or less on 2020s CPUs
 _STORE_ELEMENTS = 1 << 16  # of a product that is rounded as it is stored: 256 KiB as float32
 OUTER_ELEMENTS = 1 << 20  # of dW: enough rows that its GEMM runs at the speed of an undivided one
@@ -23,9 +25,15 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return out.addmm_(a, b)
 
 
-def row_blocks(rows: int, cols: int, elements: int = _BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Slices that cover ``rows`` rows of ``cols`` columns, about ``elements`` elements each."""
-    step = max(1, elements // max(cols, 1))
+def row_blocks(
+    of: Tensor, elements: int = _BLOCK_ELEMENTS, cols: int | None = None
+) -> Iterator[slice]:
+    """Slices that cover the rows of ``of``, about ``elements`` elements of ``cols`` columns each.
+
+    cols: those of ``of`` where it is None.  On a GPU, where a block is a launch, they are larger.
+    """
+    rows, width = of.shape[0], max(of.shape[-1] if cols is None else cols, 1)
+    step = max(1, dispatch.block_elements(of.device, elements) // width)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -48,7 +56,7 @@ def skinny(x: Tensor, small: Tensor) -> Tensor:
 def converted(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Row blocks of x in ``dtype``, one after another in one buffer."""
     buffer = None
-    for rows in row_blocks(x.shape[0], x.shape[1]):
+    for rows in row_blocks(x):
         if buffer is None:
             buffer = torch.empty(rows.stop, x.shape[1], dtype=dtype, device=x.device)
         yield rows, buffer[: rows.stop - rows.start].copy_(x[rows])
@@ -63,7 +71,7 @@ def expand(v: Tensor, small: Tensor, start: Tensor | None, dtype: torch.dtype) -
         return v @ small if start is None else torch.addmm(start, v, small)
     out = torch.empty(v.shape[0], small.shape[1], dtype=dtype, device=v.device)
     buffer = None
-    for rows in row_blocks(out.shape[0], out.shape[1], _STORE_ELEMENTS):
+    for rows in row_blocks(out, _STORE_ELEMENTS):
         if buffer is None:
             buffer = v.new_empty(rows.stop, small.shape[1])
         block = buffer[: rows.stop - rows.start]
@@ -81,5 +89,5 @@ def outer_blocks(
 ) -> Iterator[tuple[slice, Tensor]]:
     """dW = g^T x [N, K] of g [M, N], x [M, K] in blocks of rows, never stored whole."""
     g, x = g.contiguous(), x.contiguous()
-    for rows in row_blocks(g.shape[1], x.shape[1], elements):
+    for rows in row_blocks(g.T, elements, x.shape[1]):
         yield rows, g[:, rows].T @ x

@@ -15,6 +15,7 @@ from torch import Tensor
 from decomp_kernels.factors import BlockRotate, Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.methods.oft import cayley
+from decomp_kernels.ops.autocast import no_autocast
 
 DEFAULT_SIZE = 4
 
@@ -88,7 +89,7 @@ class BOFT(Method):
             adapter.permutations = butterfly(base.in_features, b, m, device)
 
     def lower(self, adapter: Adapter, base: Base) -> Factors:
-        with torch.autocast(base.weight.device.type, enabled=False):
+        with no_autocast(base.weight.device):
             D = adapter.rotation.to(base.scale_dtype)
             blocks = cayley((D - D.mT) / 2).flip(0)  # x meets R_m first
         rotation = BlockRotate(blocks, adapter.permutations)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
+from decomp_kernels.ops.autocast import no_autocast
 from decomp_kernels.ops.frozen_matmul import frozen_matmul
 
 
@@ -53,7 +54,7 @@ class HRA(Method):
     def lower(self, adapter: Adapter, base: Base) -> Factors:
         down = adapter.down
         projected = frozen_matmul(base.weight, down.T)  # W U, [N, r]
-        with torch.autocast(base.weight.device.type, enabled=False):
+        with no_autocast(base.weight.device):
             up = self.up(down.to(base.scale_dtype), projected.to(base.scale_dtype))
         return Factors(down=down, up=up.to(down.dtype))
 

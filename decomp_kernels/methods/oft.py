@@ -17,6 +17,7 @@ from torch import Tensor
 
 from decomp_kernels.factors import BlockRotate, Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
+from decomp_kernels.ops.autocast import no_autocast
 
 DEFAULT_SIZE = 32
 
@@ -89,7 +90,7 @@ class OFT(Method):
         if self.coft:
             _shrink(triangle, self.eps)
             triangle = triangle.clone()  # another forward may shrink it before this one's backward
-        with torch.autocast(base.weight.device.type, enabled=False):
+        with no_autocast(base.weight.device):
             Q = skew(triangle.to(base.scale_dtype), b)
             turns = self.num_cayley_neumann_terms
             R = cayley_neumann(Q, turns) if self.use_cayley_neumann else cayley(Q)

@@ -22,6 +22,7 @@ from decomp_kernels.factors import Factors
 from decomp_kernels.kernels import gemm
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.methods.parallel_adapter import check_curved
+from decomp_kernels.ops.autocast import autocast_dtype
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference.decomposed_linear import activate, activation_derivative
 
@@ -51,7 +52,7 @@ class SeriesAdapter(Method):
     def forward(self, adapter: Adapter, base: Base, x: Tensor, training: bool) -> Tensor:
         z = self.apply(Factors(), base, x)
         down, up = adapter.down, adapter.up
-        if torch.is_autocast_enabled(z.device.type) and z.dtype != torch.float64:
+        if autocast_dtype(z) is not None:
             down, up = down.to(z.dtype), up.to(z.dtype)
         branch = bottleneck if dispatch.choose(z, self.impl) == "reference" else _Bottleneck.apply
         rows = z.reshape(-1, z.shape[-1])
@@ -115,6 +116,6 @@ def _transposed(small: Tensor, big: Tensor) -> Tensor:
     if small.dtype == big.dtype:
         return small.T @ big
     out = small.new_zeros(small.shape[1], big.shape[1])
-    for rows in gemm.row_blocks(*big.shape):
+    for rows in gemm.row_blocks(big):
         out.addmm_(small[rows].T, big[rows].to(small.dtype))
     return out

@@ -1,6 +1,7 @@
 """How operators meet autocast: which dtype it asks for, and bodies that it must not touch."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -28,6 +29,12 @@ def outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
             return run(first, *others)
 
     return body
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Small-tensor work in its own dtypes."""
+    on = _may_be_on(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _may_be_on(device: str) -> bool:

@@ -21,7 +21,7 @@ def _dropout(x, seed, dropout):
     x = x.contiguous()
     out = torch.empty_like(x)
     rows_x, rows_out = x.view(-1, K), out.view(-1, K)
-    for rows in gemm.row_blocks(rows_x.shape[0], K, mask.BLOCK_ELEMENTS):
+    for rows in gemm.row_blocks(rows_x, mask.BLOCK_ELEMENTS):
         mask.apply(rows_x[rows], mask.keep(seed, rows, K, dropout), out=rows_out[rows])
     return out.mul_(1.0 / kept_fraction(dropout))
 

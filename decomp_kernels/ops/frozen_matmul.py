@@ -29,7 +29,7 @@ def _bwd(weight, dy):
     if weight.dtype == dy.dtype:
         return weight.T @ dy
     d_right = dy.new_zeros(weight.shape[1], dy.shape[1])
-    for rows in gemm.row_blocks(*weight.shape):
+    for rows in gemm.row_blocks(weight):
         d_right.addmm_(weight[rows].to(dy.dtype).T, dy[rows])
     return d_right
 

@@ -15,7 +15,7 @@ def build(m: BlockRotate, weight: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     factors = _Factors(m, wide)
     built = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for rows in gemm.row_blocks(*weight.shape):
+    for rows in gemm.row_blocks(weight):
         turned = weight[rows].to(wide)
         for j in reversed(range(factors.count)):
             turned = factors.merge(torch.bmm(factors.split(turned, j), factors.blocks[j].mT), j)
@@ -27,7 +27,7 @@ def forward(m: BlockRotate, x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     factors = _Factors(m, wide)
     turned_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    for rows in gemm.row_blocks(*x.shape):
+    for rows in gemm.row_blocks(x):
         turned = x[rows].to(wide)
         for j in range(factors.count):
             turned = factors.merge(torch.bmm(factors.split(turned, j), factors.blocks[j]), j)
@@ -44,7 +44,7 @@ def backward(m: BlockRotate, gx: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     factors = _Factors(m, wide)
     d_blocks = torch.zeros(m.blocks.shape, dtype=wide, device=x.device)
     dx = torch.empty_like(gx, memory_format=torch.contiguous_format)
-    for rows in gemm.row_blocks(*x.shape):
+    for rows in gemm.row_blocks(x):
         inputs = []  # x_{j-1} P_j in blocks
         turned = x[rows].to(wide)
         for j in range(factors.count):

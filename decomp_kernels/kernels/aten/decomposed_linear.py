@@ -191,7 +191,7 @@ def _to_input(
             d_down = torch.zeros(down.shape, dtype=_wide(down), device=down.device)
         if need_dX:
             d_X = torch.empty(M, K, dtype=dtype, device=dt.device)
-        for rows in gemm.row_blocks(M, K, mask.BLOCK_ELEMENTS):
+        for rows in gemm.row_blocks(dt, mask.BLOCK_ELEMENTS, K):
             kept = mask.keep(seed, rows, K, dropout)
             if d_down is not None and x is not None:
                 part: Any = _over_rows(mask.apply(x[rows], kept), None, dt[rows])[1]
@@ -236,7 +236,7 @@ def _project_dropped(x: Tensor, down: Tensor, seed: Tensor | None, dropout: floa
         return gemm.project(x, down.T)
     M, K = x.shape
     t = torch.empty(M, down.shape[0], dtype=down.dtype, device=x.device)
-    for rows in gemm.row_blocks(M, K, mask.BLOCK_ELEMENTS):
+    for rows in gemm.row_blocks(x, mask.BLOCK_ELEMENTS):
         kept = mask.keep(seed, rows, K, dropout)
         t[rows] = gemm.project(mask.apply(x[rows], kept), down.T)
     return t.mul_(1.0 / kept_fraction(dropout))

@@ -15,7 +15,7 @@ def build(m: DoubleHadamard, weight: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     up1, down1, up2, down2 = (t.to(wide) for t in (m.up1, m.down1, m.up2, m.down2))
     built = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for rows in gemm.row_blocks(*weight.shape):
+    for rows in gemm.row_blocks(weight):
         first = (up1[rows] * m.scale) @ down1
         second = up2[rows] @ down2
         built[rows] = first.mul_(second).add_(weight[rows])

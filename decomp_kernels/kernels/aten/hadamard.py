@@ -16,7 +16,7 @@ def build(m: Hadamard, weight: Tensor) -> Tensor:
     up, down = m.up.to(wide), m.down.to(wide)
     one = torch.ones(1, dtype=wide, device=weight.device)
     built = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for rows in gemm.row_blocks(*weight.shape):
+    for rows in gemm.row_blocks(weight):
         factor = torch.addmm(one, up[rows], down, alpha=m.scale)
         built[rows] = factor.mul_(weight[rows])
     return built

@@ -20,7 +20,7 @@ def forward(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     (a, b), (c, d) = C.shape, D.shape
     x = x.contiguous()
     y = x.new_empty(x.shape[0], a * c)
-    for rows in _row_blocks(x.shape[0], a * c, b * d):
+    for rows in _row_blocks(x, a * c, b * d):
         H = (x[rows].to(compute).view(-1, d) @ D.T).view(-1, b, c)
         y[rows] = (C @ H).view(-1, a * c)
     return y
@@ -38,7 +38,7 @@ def backward(
     wide = torch.promote_types(compute, torch.float32)
     d_left = C.new_zeros(a, b, dtype=wide) if need_left else None
     d_right = D.new_zeros(c, d, dtype=wide) if need_right else None
-    for rows in _row_blocks(dy.shape[0], a * c, b * d, a * b, c * d):
+    for rows in _row_blocks(dy, a * c, b * d, a * b, c * d):
         dY = dy[rows].to(compute).view(-1, a, c)
         X = None if x is None else x[rows].to(compute).view(-1, b, d)
         if d_left is not None and X is not None:
@@ -62,5 +62,5 @@ def _compute_dtype(x: Tensor, left: Tensor, right: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.promote_types(left.dtype, right.dtype))
 
 
-def _row_blocks(M: int, *widths: int) -> Iterator[slice]:
-    return gemm.row_blocks(M, max(widths), gemm.OUTER_ELEMENTS)
+def _row_blocks(of: Tensor, *widths: int) -> Iterator[slice]:
+    return gemm.row_blocks(of, gemm.OUTER_ELEMENTS, max(widths))

@@ -16,7 +16,7 @@ def squared_rows(weight: Tensor) -> Tensor:
     """||W_j||^2 [N], float32 or wider, with no wide copy of W."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.empty(weight.shape[0], dtype=wide, device=weight.device)
-    for rows in gemm.row_blocks(*weight.shape):
+    for rows in gemm.row_blocks(weight):
         out[rows] = (
             weight[rows].to(wide).square_().sum(1)
             if weight.dtype != wide
@@ -47,7 +47,7 @@ def backward(
         torch.mm(left, weight, out=d_down)
     else:
         d_down.zero_()
-        for rows in gemm.row_blocks(*weight.shape):
+        for rows in gemm.row_blocks(weight):
             d_down.addmm_(left[:, rows], weight[rows].to(wide))
     return d_down.add_(scale * (left @ B) @ A), d_up
 

@@ -31,7 +31,7 @@ def _by_dot_products(m: Scatter, g: Tensor, x: Tensor) -> Tensor:
     wide = torch.promote_types(x.dtype, torch.float32)
     g, x = g.T.contiguous(), x.T.contiguous()  # what one value needs lies side by side
     total = torch.empty(m.values.shape, dtype=wide, device=x.device)
-    for some in gemm.row_blocks(total.shape[0], x.shape[1]):
+    for some in gemm.row_blocks(total, cols=x.shape[1]):
         products = g[m.rows[some]].to(wide).mul_(x[m.cols[some]])
         torch.sum(products, 1, out=total[some])
     return total

@@ -16,7 +16,7 @@ def build(m: SingularDiagonal, weight: Tensor) -> Tensor:
     compute = weight.dtype if m.right.dtype == weight.dtype else wide
     right, diagonal = m.right.to(compute), m.diagonal.to(wide)
     built = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for rows in gemm.row_blocks(weight.shape[0], weight.shape[1], gemm.OUTER_ELEMENTS):
+    for rows in gemm.row_blocks(weight, gemm.OUTER_ELEMENTS):
         left = (m.left[rows] * diagonal).to(compute)
         built[rows] = torch.addmm(weight[rows].to(compute), left, right)
     return built
@@ -33,7 +33,7 @@ def contract(m: SingularDiagonal, weight: Tensor, g: Tensor, x: Tensor) -> Tenso
 
 def _from_tokens(m: SingularDiagonal, g: Tensor, x: Tensor) -> Tensor:
     total = _zeros(m, x)
-    for rows in gemm.row_blocks(x.shape[0], x.shape[1], gemm.OUTER_ELEMENTS):
+    for rows in gemm.row_blocks(x, gemm.OUTER_ELEMENTS):
         u = gemm.project(g[rows], m.left).to(total.dtype)
         total += u.mul_(gemm.project(x[rows], m.right.T)).sum(0)
     return total
