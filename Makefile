@@ -3,6 +3,8 @@
 # make check       lint, format, types, generated documents, wheel and sdist
 # make check-all   make check, and every test including the full grids
 # make bench       time and memory of every method beside PEFT's                    (results: benchmarks/results/cpu)
+# make gpu-check   what only a GPU can show: the kernels on it, tiles, times        (results: benchmarks/results/<gpu>)
+#                  GPU_CHECK_ARGS="--full --stage bench", or --dry where there is none
 # make docs        write the generated documents again
 # make clean       remove what builds and runs leave; the virtual environment stays
 #
@@ -14,10 +16,11 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_CHECK_ARGS ?=
 BENCH_RESULTS ?= benchmarks/results/cpu
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check check-all bench docs clean setup-demo setup-dev
+.PHONY: demo test check check-all bench gpu-check docs clean setup-demo setup-dev
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -57,6 +60,10 @@ bench: $(DEV_READY)
 	$(PY) -m decomp_kernels.cli.main bench layer $(BENCH_ARGS) \
 		--output $(BENCH_RESULTS)/layer.json --picture $(BENCH_RESULTS)/layer.png
 	$(PY) -m decomp_kernels.cli.main bench table $(BENCH_RESULTS)/layer.json --goals benchmarks/goals.json
+
+# The Python at hand: a machine with a GPU has the build of torch that fits it.
+gpu-check:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK_ARGS)
 
 docs: $(DEV_READY)
 	PYTHONPATH=. $(PY) scripts/generate_docs.py

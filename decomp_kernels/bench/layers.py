@@ -7,16 +7,16 @@ start, so that no operand is zero.
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from decomp_kernels import dispatch
 from decomp_kernels.bench import engine, memory, peers
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
+from decomp_kernels.explain import Explanation, explain
 from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import methods
 from decomp_kernels.methods.base import Method
@@ -92,21 +92,16 @@ def run(
     device: torch.device,
     clock: engine.Clock | None = None,
     peer: bool = True,
+    impls: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure one row: ratios, times, peak memory and bytes saved, as the results file has them.
 
-    clock: the device's wall clock where it is None.
+    clock: the device's wall clock where it is None.  impls: implementations beside what auto takes.
     """
     started = time.monotonic()
-    contenders, modules = build(row, seed=seed, device=device, peer=peer)
+    contenders, modules = build(row, seed=seed, device=device, peer=peer, impls=impls)
     clock = engine.device_clock(device) if clock is None else clock
-    samples = engine.measure(
-        contenders, rounds, warmup=warmup, seed=seed, clock=clock, split=device.type == "cpu"
-    )
-    if device.type != "cpu":  # the parts apart, since reading the clock between them costs time
-        parts = engine.measure(contenders, rounds, warmup=0, seed=seed, clock=clock)
-        for name, phases in parts.ns.items():
-            samples.ns[name] |= {"forward": phases["forward"], "backward": phases["backward"]}
+    samples = engine.measure(contenders, rounds, warmup=warmup, seed=seed, clock=clock)
     measured = {}
     for contender, module in zip(contenders, modules, strict=True):
         kept = [*module.parameters(), *module.buffers()]
@@ -129,7 +124,12 @@ def run(
 
 
 def build(
-    row: Row, *, seed: int, device: torch.device, peer: bool = True
+    row: Row,
+    *,
+    seed: int,
+    device: torch.device,
+    peer: bool = True,
+    impls: Sequence[str] = (),
 ) -> tuple[list[Contender], list[nn.Module]]:
     """The contenders of a row and their modules."""
     M, K, N = row.shape
@@ -147,15 +147,15 @@ def build(
         return made
 
     method = row.make()
+    layer = DecomposedLinear(linear(), method, dtype=adapter_dtype)
     made: list[tuple[str, nn.Module, str]] = [
         (FROZEN, linear(), "nn.Linear"),
         (CONTROL, linear(), "nn.Linear"),
-        (
-            OURS,
-            DecomposedLinear(linear(), method, dtype=adapter_dtype),
-            dispatch.choose(x, method.impl, has=dispatch.IMPLS),
-        ),
+        (OURS, layer, _path(explain(layer, M))),
     ]
+    for impl in impls:
+        named = replace(method, impl=impl)
+        made.append((impl, DecomposedLinear(linear(), named, dtype=adapter_dtype), impl))
     other = peers.peer(method, linear(), adapter_dtype) if peer else None
     if other is not None:
         made.append((PEER, *other))
@@ -163,6 +163,14 @@ def build(
         _leave_the_start(module)
     contenders = [engine.layer(name, module, x, dy, path) for name, module, path in made]
     return contenders, [module for _, module, _ in made]
+
+
+def _path(explained: Explanation) -> str:
+    """What auto takes: both names where forward and backward differ."""
+    forward, backward = explained.forward, explained.backward
+    if backward is None or backward.impl == forward.impl:
+        return forward.impl
+    return f"{forward.impl}, {backward.impl}"
 
 
 @torch.no_grad()

@@ -89,6 +89,13 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     told.add_argument("--json", action="store_true")
     told.set_defaults(run=explain.run)
 
+    tuned = commands.add_parser("tune", help="measure tiles and implementations on this GPU")
+    if arguments[:1] == ["tune"]:
+        from decomp_kernels.cli import tune
+
+        tune.add_arguments(tuned)
+        tuned.set_defaults(run=tune.run)
+
     bench = commands.add_parser("bench", help="time and memory, next to PEFT's")
     if arguments[:1] == ["bench"]:  # its suites are imported by itself alone
         from decomp_kernels.bench import cli

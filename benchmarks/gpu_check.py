@@ -1,0 +1,224 @@
+"""What only a GPU can show, in stages: make gpu-check.
+
+    kernels   the Triton tests on the device; compute-sanitizer's memcheck and racecheck
+    tune      tiles and implementations, into tables beside the results
+    bench     our implementations, the frozen linear and PEFT, layer by layer
+
+Each stage writes its own JSON under benchmarks/results/<gpu>/ as it goes, and leaves out what is
+there already: a run that was cut off goes on where it stopped (--again starts over).  Plain, all
+stages run in a reduced form, in under ten minutes; --full runs the whole of those that --stage
+names.  --dry does every step but the device's, on a CPU, and writes into a folder of its own.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decomp_kernels import dispatch
+from decomp_kernels.bench import layers, record, tune
+
+ROOT = Path(__file__).parent.parent
+TESTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").glob("test_triton*.py"))
+SANITIZED = "tests/test_triton_kernels.py::test_a_rank_above_every_block"
+# In one process each: a crash of the device ends that process alone.
+MINUTES = {"kernels": 8.0, "tune": 8.0, "bench": 8.0}
+REDUCED_MINUTES = {"kernels": 4.0, "tune": 3.0, "bench": 2.5}
+
+BENCH_TOKENS, BENCH_RANKS = (1, 16, 512, 2048, 8192), (16, 64, 384)
+BENCH_METHODS = ("lora", "dora", "ssb")
+
+
+def main() -> int:
+    args = _arguments()
+    device = torch.device("cpu" if args.dry else "cuda")
+    name = "dry" if args.dry else _slug(dispatch.device_name(device))
+    folder = args.output or ROOT / ("runs/gpu-check" if args.dry else "benchmarks/results") / name
+    folder.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for stage in args.stage or STAGES:
+        path = folder / f"{stage}.json"
+        if args.again:
+            path.unlink(missing_ok=True)
+        minutes = (MINUTES if args.full else REDUCED_MINUTES)[stage]
+        print(f"== {stage} (at most {minutes:g} minutes, into {path})", flush=True)
+        started = time.monotonic()
+        ok = STAGES[stage](args, device, path, started + 60 * minutes)
+        print(f"== {stage}: {'done' if ok else 'FAILED'} in {time.monotonic() - started:.0f} s\n")
+        failed += [] if ok else [stage]
+    print(f"gpu-check: {', '.join(failed) + ' failed' if failed else 'all stages done'}")
+    return 1 if failed else 0
+
+
+def kernels(args: argparse.Namespace, device: torch.device, path: Path, until: float) -> bool:
+    """Test files one by one in processes of their own, then the sanitizer's tools."""
+    rows = Rows(path, "gpu-check kernels", args)
+    jobs = {str(test): [*PYTEST, str(test)] for test in TESTS}
+    if args.full:
+        jobs |= {f"{test} (full)": [*PYTEST, "-m", "full", str(test)] for test in TESTS}
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck"):
+        if sanitizer:
+            words = [sanitizer, "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
+            jobs[f"compute-sanitizer {tool}"] = [*words, *SERIAL, SANITIZED]
+        else:
+            print(f"compute-sanitizer is not installed: no {tool}")
+    if args.dry:  # collected, imported and parametrized, and not run
+        jobs = {name: [*command, "--collect-only"] for name, command in jobs.items()}
+    for name, command in jobs.items():
+        if rows.has(name):
+            continue
+        left = until - time.monotonic()
+        if left < 5:
+            print(f"{name}: no time left; run again to go on")
+            continue
+        code, out = _run(command, left)
+        counts = {
+            word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", out)
+        }
+        rows.add({"name": name, "code": code, "counts": counts, "output": out[-6000:]})
+        print(f"{name}: {'ok' if code == 0 else f'exit {code}'} {counts}", flush=True)
+        if code:
+            print(out[-1500:])
+    return all(row["code"] == 0 for row in rows.all) and len(rows.all) >= len(jobs)
+
+
+def tuned(args: argparse.Namespace, device: torch.device, path: Path, until: float) -> bool:
+    """``decomp-kernels tune`` into ``tables`` beside the results."""
+    minutes = max(0.2, (until - time.monotonic()) / 60 / 2 - 0.2)
+    words = ["tune", "--output", str(path), "--tables", str(path.parent / "tables")]
+    words += ["--minutes", f"{minutes:.2f}"] + ([] if args.full else ["--quick", "--rounds", "9"])
+    words += ["--dry", "--rounds", "1", "--minutes", "0.1"] if args.dry else []
+    if path.exists():
+        print("tuned before; --again measures anew")
+        return True
+    code, out = _run(
+        [sys.executable, "-m", "decomp_kernels.cli.main", *words], until - time.monotonic()
+    )
+    print(out[-3000:])
+    return code == 0
+
+
+def bench(args: argparse.Namespace, device: torch.device, path: Path, until: float) -> bool:
+    """Layers with LoRA, DoRA and SSB: every implementation, the frozen linear and PEFT."""
+    rows = Rows(path, "gpu-check bench", args)
+    impls = tuple(impl for impl in tune.CANDIDATES if not args.dry or impl == tune.LIBRARY)
+    rounds = {"rounds": 1, "warmup": 1} if args.dry else {"rounds": 15, "warmup": 4}
+    for row in _bench_rows(args):
+        name = f"{row.label} r={dict(row.options).get('r', 0)} {row.shape} {row.adapter_dtype}"
+        if rows.has(name):
+            continue
+        if time.monotonic() >= until:
+            print(f"{name}: no time left; run again to go on")
+            continue
+        try:
+            found = layers.run(row, **rounds, seed=0, device=device, impls=impls)
+        except Exception as error:  # one row that fails must not lose the others
+            rows.add({"name": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
+            print(f"{name}: {type(error).__name__}: {error}")
+            continue
+        rows.add({"name": name} | found)
+        ratios = {n: c["ratio"]["both"]["median"] for n, c in found["contenders"].items()}
+        print(
+            f"{name}: " + "  ".join(f"{n} {ratio:.3f}" for n, ratio in ratios.items()), flush=True
+        )
+    return all("error" not in row for row in rows.all) and bool(rows.all)
+
+
+def _bench_rows(args: argparse.Namespace) -> list[layers.Row]:
+    if args.dry:
+        grid = [((3, 24, 20), 4, 0.0), ((3, 24, 20), 4, 0.05)]
+    elif args.full:
+        grid = [((M, K, N), r, p) for M in reversed(BENCH_TOKENS) for N, K in tune.LAYERS
+                for r in BENCH_RANKS for p in (0.0, 0.05)]  # fmt: skip
+    else:
+        N, K = tune.LAYERS[0]
+        grid = [((M, K, N), 16, p) for M in (8192, 2048, 16) for p in (0.0, 0.05)]
+    made = []
+    for shape, r, p in grid:
+        for method in BENCH_METHODS:
+            if method == "ssb" and (p or r != grid[0][1]):
+                continue  # it has no rank and no dropout: once a shape
+            for adapter in ("bfloat16", "float32") if method == "lora" else ("bfloat16",):
+                options: dict[str, Any] = {} if method == "ssb" else {"r": r, "alpha": 2.0 * r}
+                options |= {"dropout": p} if p else {}
+                variant = f"dropout {p}" if p else ""
+                made.append(layers.Row(method, tuple(sorted(options.items())), shape, "bfloat16",
+                                       adapter, variant))  # fmt: skip
+    return made
+
+
+class Rows:
+    """A results file that is written after every row and goes on where it stopped."""
+
+    def __init__(self, path: Path, suite: str, args: argparse.Namespace) -> None:
+        self.path, self.suite = path, suite
+        self.protocol = {
+            "full": args.full,
+            "dry": args.dry,
+            "device": "cpu" if args.dry else "cuda",
+        }
+        self.all: list[dict[str, Any]] = record.read(path)["rows"] if path.exists() else []
+
+    def has(self, name: str) -> bool:
+        return any(row["name"] == name and "error" not in row for row in self.all)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.all = [old for old in self.all if old["name"] != row["name"]] + [row]
+        record.write(self.path, record.document(self.suite, self.protocol, self.all))
+
+
+def _run(command: list[str], seconds: float) -> tuple[int, str]:
+    """Exit status and output; 124 where the time ran out."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=env, text=True, timeout=max(seconds, 1),
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    except subprocess.TimeoutExpired as late:
+        out = late.stdout or b""
+        return 124, out.decode() if isinstance(out, bytes) else out
+    return done.returncode, done.stdout
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", choices=STAGES, action="append", help="default: all")
+    parser.add_argument("--full", action="store_true", help="the whole grids, 8 minutes a stage")
+    parser.add_argument("--dry", action="store_true", help="every step but the device's, on a CPU")
+    parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    parser.add_argument("--output", type=Path, metavar="FOLDER")
+    args = parser.parse_args()
+    if not args.dry and not torch.cuda.is_available():
+        parser.error("gpu-check needs a GPU that PyTorch sees; --dry does every step but its work")
+    return args
+
+
+PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+SERIAL = [*PYTEST, "-p", "no:xdist"]
+# Compiling is most of the tests' time on a GPU, and runs on the host's cores.
+WORKERS = min(12, (os.cpu_count() or 1) - 2)
+if find_spec("xdist") and WORKERS > 1:
+    PYTEST += ["-n", str(WORKERS)]
+STAGES: dict[str, Callable[[argparse.Namespace, torch.device, Path, float], bool]] = {
+    "kernels": kernels,
+    "tune": tuned,
+    "bench": bench,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,211 @@
+"""``decomp-kernels tune``: which implementation is fastest where, measured on the GPU at hand.
+
+A cell is one call of the operator: tokens, shape, rank, dtypes, dropout.  Its implementations run
+interleaved, forward and backward apart, and the table of implementations gets an entry that names
+the fastest of each.  Library calls stay where nothing else is faster by more than MARGIN and by
+more than the quartiles spread: the table never trades a sure thing for noise.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from decomp_kernels import dispatch
+from decomp_kernels.bench import engine, record
+from decomp_kernels.bench.engine import FROZEN, Contender
+from decomp_kernels.ops.decomposed_linear import decomposed_linear
+
+LIBRARY = "aten"
+CANDIDATES = tuple(impl for impl in dispatch.IMPLS if impl not in ("auto", "reference"))
+MARGIN = 0.01  # what another implementation must gain
+LAYERS = (  # N, K of Llama-class models of 8 and 70 billion parameters
+    (4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (8192, 8192), (28672, 8192),
+)  # fmt: skip
+TOKENS = (1, 16, 512, 2048, 8192)
+RANKS = (0, 16, 64, 384)
+DIRECTIONS = ("forward", "backward")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.  r = 0: no branch, scales on both sides (SSB)."""
+
+    M: int
+    N: int
+    K: int
+    r: int
+    dropout: float = 0.0
+    wide_adapter: bool = False  # float32 down and up on a 16-bit base
+    dtype: str = "bfloat16"
+
+    @property
+    def label(self) -> str:
+        extra = f", dropout {self.dropout}" if self.dropout else ""
+        wide = ", float32 adapter" if self.wide_adapter else ""
+        return f"{self.M} x {self.K} x {self.N}, r={self.r}{extra}{wide}"
+
+    def tensors(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        """Random operands, none of them zero; x, down, up and scales require grad."""
+        gen = torch.Generator(device).manual_seed(seed)
+        base = getattr(torch, self.dtype)
+        adapter = torch.float32 if self.wide_adapter else base
+
+        def draw(*size: int, dtype: torch.dtype = base, by: float = 1.0) -> Tensor:
+            return torch.randn(size, generator=gen, device=device).mul_(by).to(dtype)
+
+        made = {
+            "x": draw(self.M, self.K),
+            "weight": draw(self.N, self.K, by=self.K**-0.5),
+        }
+        if self.r:
+            made["down"] = draw(self.r, self.K, dtype=adapter, by=self.K**-0.5)
+            made["up"] = draw(self.N, self.r, dtype=adapter, by=0.1)
+        else:
+            made["in_scale"] = 1.0 + draw(self.K, dtype=torch.float32, by=0.1)
+            made["out_scale"] = 1.0 + draw(self.N, dtype=torch.float32, by=0.1)
+        return {name: t.requires_grad_(name != "weight") for name, t in made.items()}
+
+
+def cells(
+    tokens: Iterable[int] = TOKENS,
+    layers: Iterable[tuple[int, int]] = LAYERS,
+    ranks: Iterable[int] = RANKS,
+) -> Iterator[Cell]:
+    """Every cell of the grid, float32 adapters and dropout where there is a branch."""
+    for M in tokens:
+        for N, K in layers:
+            for r in ranks:
+                yield Cell(M, N, K, r)
+                if r:
+                    yield Cell(M, N, K, r, dropout=0.05)
+                    yield Cell(M, N, K, r, wide_adapter=True)
+                    yield Cell(M, N, K, r, dropout=0.05, wide_adapter=True)
+
+
+def measure(
+    cell: Cell, device: torch.device, *, rounds: int, impls: Sequence[str] = CANDIDATES
+) -> dict[str, Any]:
+    """Ratios to the frozen linear of each implementation, by direction, as the results have them.
+
+    An implementation that raises is left out, with its error in ``failed``.
+    """
+    started = time.monotonic()
+    contenders, failed = [_frozen(cell, device)], {}
+    for impl in impls:
+        contender = _contender(cell, device, impl)
+        try:
+            contender.reset()
+            contender.backward(contender.forward())
+            contenders.append(contender)
+        except Exception as error:  # a kernel that does not compile or does not fit
+            failed[impl] = f"{type(error).__name__}: {str(error)[:300]}"
+    samples = engine.measure(
+        contenders, rounds, warmup=3, clock=engine.device_clock(device), split=True
+    )
+    ratios = {
+        contender.name: {
+            phase: samples.ratio(contender.name, phase)._asdict() for phase in engine.PHASES
+        }
+        for contender in contenders[1:]
+    }
+    frozen = {phase: samples.time(FROZEN, phase).median / 1e6 for phase in engine.PHASES}
+    return asdict(cell) | {
+        "label": cell.label, "ratio": ratios, "frozen_ms": frozen, "failed": failed,
+        "seconds": round(time.monotonic() - started, 2),
+    }  # fmt: skip
+
+
+def fastest(row: dict[str, Any], direction: str) -> str:
+    """The implementation of a measured cell: library calls unless another is surely faster."""
+    ratios = {impl: phases[direction] for impl, phases in row["ratio"].items()}
+    if LIBRARY not in ratios:
+        raise RuntimeError(f"library calls failed at {row['label']}: {row['failed'][LIBRARY]}")
+    best = min(ratios, key=lambda impl: ratios[impl]["median"])
+    library = ratios[LIBRARY]
+    surely = ratios[best]["median"] < library["median"] * (1.0 - MARGIN)
+    apart = ratios[best]["q3"] < library["q1"]
+    return best if surely and apart else LIBRARY
+
+
+def entries(
+    rows: Sequence[dict[str, Any]], arch: str, measured: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Table entries of measured cells, smallest first, so that the first that fits is nearest.
+
+    Cells that the table cannot tell apart (N and K swapped) take what none of them loses by.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds = (row["wide_adapter"], row["dropout"] > 0, row["dtype"] == "float32")
+        groups.setdefault((row["M"], row["N"] * row["K"], row["r"], *kinds), []).append(row)
+    made = []
+    for (M, NK, r, wide, dropout, float32), group in sorted(groups.items()):
+        entry: dict[str, Any] = {
+            "arch": arch, "operator": "decomposed_linear",
+            "when": {"M_max": M, "NK_max": NK, "r_max": r},
+            "base": "float32" if float32 else "narrow",
+            "adapter": "float32" if float32 or wide else "narrow",
+            "dropout": dropout,
+        }  # fmt: skip
+        relative = {}
+        for direction in DIRECTIONS:
+            chosen = {fastest(row, direction) for row in group}
+            entry[direction] = chosen.pop() if len(chosen) == 1 else LIBRARY
+            relative[direction] = {
+                impl: round(
+                    max(
+                        row["ratio"][impl][direction]["median"]
+                        / row["ratio"][entry[direction]][direction]["median"]
+                        for row in group
+                    ),
+                    4,
+                )
+                for impl in group[0]["ratio"]
+                if all(impl in row["ratio"] for row in group)
+            }
+        entry["measured"] = measured | {"relative": relative} if measured else False
+        made.append(entry)
+    return made
+
+
+def provenance(device: torch.device) -> dict[str, str]:
+    """Where and when: what a table entry says of its measurement."""
+    versions = record.versions()
+    return {
+        "gpu": dispatch.device_name(device),
+        "torch": versions["torch"],
+        "triton": versions.get("triton", "none"),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _contender(cell: Cell, device: torch.device, impl: str) -> Contender:
+    tensors = cell.tensors(device)
+    dy = torch.randn(cell.M, cell.N, device=device).to(tensors["x"].dtype)
+    seed = torch.tensor(7, dtype=torch.int64, device=device) if cell.dropout else None
+
+    def reset() -> None:
+        for tensor in tensors.values():
+            tensor.grad = None
+
+    def forward() -> Tensor:
+        return decomposed_linear(**tensors, dropout=cell.dropout, seed=seed, impl=impl)  # type: ignore[arg-type]
+
+    return Contender(impl, forward, lambda y: y.backward(dy), reset, impl)
+
+
+def _frozen(cell: Cell, device: torch.device) -> Contender:
+    tensors = cell.tensors(device)
+    x, weight = tensors["x"], tensors["weight"]
+    dy = torch.randn(cell.M, cell.N, device=device).to(x.dtype)
+
+    def reset() -> None:
+        x.grad = None
+
+    return Contender(FROZEN, lambda: F.linear(x, weight), lambda y: y.backward(dy), reset)
