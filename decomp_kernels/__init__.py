@@ -3,7 +3,7 @@
 import typing
 
 from decomp_kernels.constraints import mpc_loss
-from decomp_kernels.explain import explain
+from decomp_kernels.explanation import explain
 from decomp_kernels.factors import Factors
 from decomp_kernels.interop.description import AdapterFileError
 from decomp_kernels.interop.files import load_adapter, save_adapter

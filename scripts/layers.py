@@ -27,7 +27,7 @@ LAYERS = [
         "model": "adapt, merge, remove, ...",
         "constraints": "MPC over a whole model",
         "optimizer": "parameter groups",
-        "explain": "one layer's choice, with its reason and its roofline",
+        "explanation": "one layer's choice, with its reason and its roofline",
     },
     {
         "interop": "files; other libraries",

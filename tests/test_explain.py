@@ -10,7 +10,7 @@ from torch import nn
 import decomp_kernels as dk
 from decomp_kernels import dispatch, roofline, tables
 from decomp_kernels.cli.main import main
-from decomp_kernels.explain import _Counting
+from decomp_kernels.explanation import _Counting
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.reference import decomposed_linear as reference
 from decomp_kernels.roofline import GPUS, Terms

@@ -16,7 +16,7 @@ from torch import nn
 
 from decomp_kernels.bench import engine, memory, peers
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
-from decomp_kernels.explain import Explanation, explain
+from decomp_kernels.explanation import Explanation, explain
 from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import methods
 from decomp_kernels.methods.base import Method

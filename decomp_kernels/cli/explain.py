@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from decomp_kernels.cli.errors import BadInput
-from decomp_kernels.explain import explain
+from decomp_kernels.explanation import explain
 from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import methods
 
