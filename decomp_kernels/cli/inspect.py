@@ -203,7 +203,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     A tile's address is a chain of additions to a pointer.  Rows, whose offset may pass 2^31, add in
     64 bits; a column inside a row may add in 32.
     """
-    made = dict(re.findall(r"(%[\w#-]+)(?::\d+)? = (.*)", ttir))
+    made: dict[str, str] = {}
 
     def widths(value: str) -> set[str]:
         text = made.get(value, "")
@@ -216,10 +216,13 @@ def narrow_offsets(ttir: str) -> list[str]:
         return set()
 
     found = []
-    for text in re.findall(r"(tt\.(?:load|store) .*)", ttir):
-        address = re.findall(r"%[\w#-]+", text)[0]
-        if re.search(r"tensor<\d+x\d+x!tt\.ptr", text) and "i64" not in widths(address):
-            found.append(text.split(" loc")[0])
+    for text in ttir.splitlines():  # in order: sibling blocks use the same names again
+        if defined := re.match(r"\s*(%[\w#-]+)(?::\d+)? = (.*)", text):
+            made[defined[1]] = defined[2]
+        if access := re.search(r"tt\.(?:load|store) .*", text):
+            address = re.findall(r"%[\w#-]+", access[0])[0]
+            if re.search(r"tensor<\d+x\d+x!tt\.ptr", text) and "i64" not in widths(address):
+                found.append(access[0].split(" loc")[0])
     return found
 
 

@@ -22,7 +22,7 @@ from decomp_kernels.kernels.triton.fused_tiles import (
     base_product,
     fused_configuration,
     fused_constants,
-    halves,
+    in_parts,
     operand,
     operand_type,
     programs,
@@ -37,7 +37,7 @@ from decomp_kernels.kernels.triton.specimens import DTYPES, Specimen, launch_opt
 def _kernel(
     x, weight, in_scale_ptr, v_ptr, up_ptr, addend_ptr, out_scale_ptr, bias_ptr, z_ptr, y_ptr,
     M, N, K, R, stride_x, stride_weight, scale,
-    DESCRIPTORS: tl.constexpr, SPECIALISED: tl.constexpr, HALVES: tl.constexpr, GROUP: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, SPECIALISED: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     out_type: tl.constexpr = y_ptr.dtype.element_ty
@@ -56,10 +56,10 @@ def _kernel(
                 v_ptr, up_ptr, scale, acc, first_row, first_col, M, N, R,
                 True, out_type != tl.float32, BLOCK_R,
             )  # fmt: skip
-        parts = halves(acc) if HALVES else (acc,)
-        for half in tl.static_range(len(parts)):
+        parts = in_parts(acc, PARTS)
+        for part in tl.static_range(PARTS):
             _finish(
-                parts[half], first_row, first_col + half * (BLOCK_N // 2), M, N,
+                parts[part], first_row, first_col + part * (BLOCK_N // PARTS), M, N,
                 addend_ptr, out_scale_ptr, bias_ptr, z_ptr, y_ptr,
             )  # fmt: skip
 

@@ -23,7 +23,7 @@ from decomp_kernels.kernels.triton.fused_tiles import (
     base_product,
     fused_configuration,
     fused_constants,
-    halves,
+    in_parts,
     operand,
     operand_type,
     programs,
@@ -42,7 +42,7 @@ def _kernel(
     M, N, K, R, stride_dy, stride_weight, drop_threshold,
     ALIGNED: tl.constexpr, NARROW: tl.constexpr,
     DESCRIPTORS: tl.constexpr, SPECIALISED: tl.constexpr,
-    HALVES: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     row_tiles, col_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K)
@@ -65,10 +65,10 @@ def _kernel(
             dy, weight, out_scale_ptr, acc, first_row, first_col, M, K, N,
             stride_dy, stride_weight, False, DESCRIPTORS, BLOCK_N,
         )  # fmt: skip
-        parts = halves(acc) if HALVES else (acc,)
-        for half in tl.static_range(len(parts)):
+        parts = in_parts(acc, PARTS)
+        for part in tl.static_range(PARTS):
             _finish(
-                parts[half], first_row, first_col + half * (BLOCK_K // 2), row_tile, M, K,
+                parts[part], first_row, first_col + part * (BLOCK_K // PARTS), row_tile, M, K,
                 in_scale_ptr, x_ptr, d_x_ptr, d_in_scale_ptr,
             )  # fmt: skip
 

@@ -104,9 +104,23 @@ def rank_product(
 
 
 @triton.jit
-def halves(acc):
-    """The left and the right half of a tile: half the registers for what is done to each."""
-    pairs = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
+def in_parts(acc, PARTS: tl.constexpr):
+    """The columns of a tile as 1, 2 or 4 tiles, left to right: what is done to each takes fewer
+    registers at a time.
+    """
+    if PARTS == 1:
+        parts = (acc,)
+    elif PARTS == 2:
+        parts = _halves(acc)
+    else:
+        left, right = _halves(acc)
+        parts = _halves(left) + _halves(right)
+    return parts
+
+
+@triton.jit
+def _halves(tile):
+    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
     return tl.split(tl.permute(pairs, (0, 2, 1)))
 
 
@@ -145,5 +159,5 @@ def programs(config: dict[str, Any], tasks: int, device: torch.device) -> tuple[
 
 
 def fused_constants(config: dict[str, Any]) -> dict[str, Any]:
-    flags = {name: config[name] for name in ("DESCRIPTORS", "HALVES", "GROUP")}
+    flags = {name: config[name] for name in ("DESCRIPTORS", "PARTS", "GROUP")}
     return {**tiles(config), **flags, "SPECIALISED": config["SPECIALISED"] and _CAN_SPECIALISE}
