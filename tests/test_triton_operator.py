@@ -38,8 +38,11 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 forms = pytest.mark.parametrize("impl", dispatch.TRITON_FORMS)
 
 
-@forms
-@dtypes
+# Fused kernels are tried in every dtype and rank by test_triton_fused.py.
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [*(("triton:passes", d) for d in DTYPES), ("triton:fused", "fp32"), ("triton:fused", "bf16")],
+)
 def test_every_combination_of_terms(impl, dtype):
     for terms in term_sets():
         check_against_formula(make(terms, dtype), impl)
@@ -52,8 +55,10 @@ def test_activations(impl, activation):
         check_against_formula(make(OPTIONAL, dtype), impl, activation=activation)
 
 
-@forms
-@pytest.mark.parametrize("r", [1, 3, 24, 200])
+@pytest.mark.parametrize(
+    ("impl", "r"),
+    [*(("triton:passes", r) for r in (1, 3, 24, 200)), ("triton:fused", 3), ("triton:fused", 24)],
+)
 @pytest.mark.parametrize("shape", [(1,), (), (2, 1, 7), (0,), (70,)], ids=str)
 def test_odd_shapes_and_ranks(impl, shape, r):
     for dtype in ("fp32", "bf16-fp32"):
