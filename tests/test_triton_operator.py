@@ -269,14 +269,16 @@ sys.path.insert(0, "tests")
 from triton_mutants import Mutant, planted
 from decomp_kernels.cli import inspect
 
-def problems(file, old, new, arch="sm_80"):
+def problems(file, old, new, arch="sm_80", kernel="row_norm", last_entry=True):
     with planted(Mutant(file, "", old, new, "")):
-        (row,) = inspect.inspect(kernels=["row_norm"], architectures=[arch], last_entry=True)
-    return "; ".join(row["problems"])
+        rows = inspect.inspect(kernels=[kernel], architectures=[arch], last_entry=last_entry)
+        return "; ".join(problem for row in rows for problem in row["problems"])
 
 print(problems("row_norm", "(0).to(tl.int64) * BLOCK_M", "(0) * BLOCK_M"))
 print(problems("row_norm", "tl.sum(up", "tl.sums(up"))
 print(problems("pieces", "tl.dot(a, b, acc", "tl.dot(a.to(tl.float32), b.to(tl.float32), acc"))
+load, none = "source.load([first_row, first_col])", "tl.zeros((ROWS, COLS), tl.bfloat16)"
+print(problems("fused_tiles", load, none, "sm_90", "fused_forward", last_entry=False))
 inspect.LIMITS["sm_80"] = 1000
 print(problems("row_norm", "tl.sum(up", "tl.sum(up"))
 """
@@ -285,16 +287,18 @@ print(problems("row_norm", "tl.sum(up", "tl.sum(up"))
 def test_inspect_finds_what_it_looks_for():
     done = compiled(BROKEN)
     assert done.returncode == 0, done.stderr[-3000:]
-    narrow, broken, scalar, large = done.stdout.splitlines()
+    narrow, broken, scalar, copied, large = done.stdout.splitlines()
     assert "32-bit offsets: tt.load" in narrow
     assert "does not compile" in broken
     assert "no mma.sync" in scalar
+    assert "no TMA copies" in copied
     assert "bytes of shared memory, 1000 are there" in large
 
 
 def test_the_command_prints_a_table_and_fails_on_problems(monkeypatch, capsys):
     row = {"kernel": "row_norm", "specimen": "bf16", "entry": 0, "arch": "sm_90", "problems": []}
-    full = {"shared": 1, "limit": 2, "registers": 3, "spilled": 0, "size": 4, "matrix": ["wgmma"]}
+    full = {"shared": 1, "limit": 2, "registers": 3, "spilled": 0, "size": 4, "tma": 5}
+    full["matrix"] = ["wgmma"]
     rows = [row | full]
     monkeypatch.setattr(inspect, "inspect", lambda **options: rows)
     assert main(["inspect"]) == 2  # interpreted here

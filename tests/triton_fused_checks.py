@@ -1,4 +1,4 @@
-"""What the fused Triton kernels must compute, against float64, as triton_checks.py has for others."""
+"""What the fused Triton kernels must compute, against float64; as triton_checks.py for others."""
 
 from contextlib import contextmanager
 

@@ -133,7 +133,7 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
             "z_ptr": f"*{wide}",
         }  # fmt: skip
         every = {**options, "in_scale_ptr": "*fp32"}
-        for name, used in ((dtypes, {}), (f"{dtypes} epilogue", options), (f"{dtypes} all", every)):
+        for terms, used in (("", {}), (" epilogue", options), (" all", every)):
             types = {
                 "x": operand_type(wide, config, "BLOCK_M", "BLOCK_K"),
                 "weight": operand_type(wide, config, "BLOCK_N", "BLOCK_K"),
@@ -141,8 +141,8 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
                 "M": "i32", "N": "i32", "K": "i32", "R": "i32",
                 "stride_x": "i32", "stride_weight": "i32", "scale": "fp32", **used,
             }  # fmt: skip
-            unused = {option: None for option in every if option not in used}
+            unused = {name: None for name in every if name not in used}
             yield Specimen(
-                name, _kernel, types, {**unused, **fused_constants(config)},
+                dtypes + terms, _kernel, types, {**unused, **fused_constants(config)},
                 launch_options(config), uses={"scaled": int(used is every)},
             )  # fmt: skip

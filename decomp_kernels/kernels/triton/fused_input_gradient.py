@@ -147,7 +147,7 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
             "in_scale_ptr": "*fp32", "x_ptr": f"*{wide}", "d_in_scale_ptr": "*fp32"
         }  # fmt: skip
         every = {**options, "out_scale_ptr": "*fp32", "seed_ptr": "*i64"}
-        for name, used in ((dtypes, {}), (f"{dtypes} epilogue", options), (f"{dtypes} all", every)):
+        for terms, used in (("", {}), (" epilogue", options), (" all", every)):
             types = {
                 "dy": operand_type(wide, config, "BLOCK_M", "BLOCK_N"),
                 "weight": operand_type(wide, config, "BLOCK_N", "BLOCK_K"),
@@ -155,9 +155,9 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
                 "M": "i32", "N": "i32", "K": "i32", "R": "i32",
                 "stride_dy": "i32", "stride_weight": "i32", "drop_threshold": "i32", **used,
             }  # fmt: skip
-            constants = {option: None for option in every if option not in used}
+            constants: dict[str, Any] = {name: None for name in every if name not in used}
             constants |= {"ALIGNED": True, "NARROW": wide != "fp32", **fused_constants(config)}
             yield Specimen(
-                name, _kernel, types, constants, launch_options(config),
+                dtypes + terms, _kernel, types, constants, launch_options(config),
                 uses={"scaled": int(used is every), "dropout": int(used is every)},
             )  # fmt: skip

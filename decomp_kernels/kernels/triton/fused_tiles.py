@@ -28,7 +28,7 @@ _CAN_SPECIALISE = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 @triton.jit
 def tile_place(tile, row_tiles, col_tiles, GROUP: tl.constexpr):
-    """(row, column) of a tile.  GROUP rows of tiles go together: they share what is in the cache."""
+    """(row, column) of a tile.  GROUP rows of tiles go together: they share what is cached."""
     first = tile // (GROUP * col_tiles) * GROUP
     within = tile % (GROUP * col_tiles)
     rows = min(row_tiles - first, GROUP)
@@ -127,7 +127,7 @@ def _halves(tile):
 def fused_configuration(
     kernel: str, base: tuple[Tensor, Tensor], adapter: torch.dtype, **sizes: int
 ) -> dict[str, Any]:
-    """The tile for these operands of the base product, with descriptors only if both can have one."""
+    """The tile for these operands of the base product; with descriptors if both can have one."""
     return configuration(
         kernel, base[0].device, adapter, base[0].dtype, all(map(describable, base)), **sizes
     )
