@@ -12,7 +12,7 @@ from torch import Tensor
 from decomp_kernels import tables
 
 EVERYWHERE = ("reference", "aten")  # what every operator has
-TRITON_FORMS = ("triton:passes",)  # an operator with a single form has that under every name
+TRITON_FORMS = ("triton:passes", "triton:fused")  # an operator with one form has it under both
 IMPLS = ("auto", *EVERYWHERE, *TRITON_FORMS)
 VARIABLE = "DECOMP_KERNELS_IMPL"
 INTERPRET = "TRITON_INTERPRET"
@@ -154,6 +154,16 @@ def _gpu_architecture(device: torch.device) -> str:
         return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def processors(device: torch.device) -> int:
+    """How many programs run side by side; of the interpreter any number, so that some have two."""
+    return _gpu_processors(device) if device.type == "cuda" else 3
+
+
+@cache
+def _gpu_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

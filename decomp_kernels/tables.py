@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
@@ -28,10 +28,21 @@ IMPLEMENTATIONS = "implementations"  # the table that ``auto`` reads
 STALE = "made for another version of decomp_kernels: run `decomp-kernels tune` again"
 
 
-def first(name: str, arch: str, sizes: dict[str, int], **kinds: str | bool) -> Entry:
-    """The first entry of table ``name`` for these sizes and kinds on this architecture."""
+def first(
+    name: str,
+    arch: str,
+    sizes: dict[str, int],
+    *,
+    able: Callable[[Entry], bool] = lambda entry: True,
+    **kinds: str | bool,
+) -> Entry:
+    """The first entry of table ``name`` for these sizes and kinds on this architecture.
+
+    able: whether the call at hand can do what an entry wants of it.
+    """
     for entry in entries(name):
-        if entry["arch"] in (arch, "any") and fits(entry, **kinds) and holds(entry, sizes):
+        at_home = entry["arch"] in (arch, "any")
+        if at_home and fits(entry, **kinds) and holds(entry, sizes) and able(entry):
             return entry
     raise LookupError(f"configs/{name}.json has no entry for any size; its last must have none")
 
@@ -42,8 +53,9 @@ def fits(entry: Entry, **kinds: str | bool) -> bool:
 
 
 def holds(entry: Entry, sizes: dict[str, int]) -> bool:
-    """Whether every limit of the entry holds."""
-    return all(sizes[limit.removesuffix("_max")] <= most for limit, most in entry["when"].items())
+    """Whether every limit of the entry holds; a size that is not given is 0."""
+    limits = entry["when"].items()
+    return all(sizes.get(limit.removesuffix("_max"), 0) <= most for limit, most in limits)
 
 
 @cache

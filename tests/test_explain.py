@@ -152,7 +152,7 @@ def test_the_composition_computes_and_moves_what_the_model_says(variant):
     options = (seed, 1.0, 0.1 if t.dropout else 0.0, "identity")
     with _Counting() as forward:
         _, kept, z = aten.forward(
-            x, weight, None, down, up, None, in_scale, out_scale, addend, *options
+            x, weight, None, down, up, None, in_scale, out_scale, addend, *options, t.out_scale
         )
     branch = bool(t.r)
     needs = (True, False, False, branch, branch, False, t.in_scale, t.out_scale, False)

@@ -1,4 +1,4 @@
-"""The operator through impl="triton:passes" against float64; where it is refused; inspect."""
+"""The operator through its Triton forms against float64; where they are refused; inspect."""
 
 import json
 import os
@@ -33,70 +33,81 @@ from decomp_kernels.ops.row_norm import row_norm, squared_rows
 from decomp_kernels.reference.dropout import keep_mask, kept_fraction
 from decomp_kernels.testing import assert_as_good_as, relative_error
 
-IMPL = "triton:passes"
 ROOT = Path(__file__).parent.parent
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
+forms = pytest.mark.parametrize("impl", dispatch.TRITON_FORMS)
 
 
-@dtypes
-def test_every_combination_of_terms(dtype):
+# Fused kernels are tried in every dtype and rank by test_triton_fused.py.
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [*(("triton:passes", d) for d in DTYPES), ("triton:fused", "fp32"), ("triton:fused", "bf16")],
+)
+def test_every_combination_of_terms(impl, dtype):
     for terms in term_sets():
-        check_against_formula(make(terms, dtype), IMPL)
+        check_against_formula(make(terms, dtype), impl)
 
 
+@forms
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation):
+def test_activations(impl, activation):
     for dtype in ("fp32", "bf16-fp32"):
-        check_against_formula(make(OPTIONAL, dtype), IMPL, activation=activation)
+        check_against_formula(make(OPTIONAL, dtype), impl, activation=activation)
 
 
-@pytest.mark.parametrize("r", [1, 3, 24, 200])
+@pytest.mark.parametrize(
+    ("impl", "r"),
+    [*(("triton:passes", r) for r in (1, 3, 24, 200)), ("triton:fused", 3), ("triton:fused", 24)],
+)
 @pytest.mark.parametrize("shape", [(1,), (), (2, 1, 7), (0,), (70,)], ids=str)
-def test_odd_shapes_and_ranks(shape, r):
+def test_odd_shapes_and_ranks(impl, shape, r):
     for dtype in ("fp32", "bf16-fp32"):
-        check_against_formula(make(OPTIONAL, dtype, shape, K=67, N=45, r=r), IMPL)
+        check_against_formula(make(OPTIONAL, dtype, shape, K=67, N=45, r=r), impl)
 
 
+@forms
 @dtypes
 @pytest.mark.parametrize("terms", [["branch"], OPTIONAL], ids=["lora", "all"])
-def test_dropout_is_the_defined_mask_on_the_branch(terms, dtype):
+def test_dropout_is_the_defined_mask_on_the_branch(impl, terms, dtype):
     for K in (33, 36):
         tensors = make(terms, dtype, (6, 7), K=K)
         seed, p = torch.tensor(-987654321), 0.3
         kept = keep_mask(seed, (42, K), p).view(6, 7, K).double() / kept_fraction(p)
-        check_against_formula(tensors, IMPL, dropout=p, seed=seed, kept=kept)
+        check_against_formula(tensors, impl, dropout=p, seed=seed, kept=kept)
 
 
+@forms
 @pytest.mark.parametrize("K", [30, 32])
-def test_masks_of_forward_and_backward_are_those_of_aten(K):
+def test_masks_of_forward_and_backward_are_those_of_aten(impl, K):
     seed, p = torch.tensor(12345), 0.4
     found = {}
-    for impl in ("aten", IMPL):
+    for each in ("aten", impl):
         x = torch.ones(19, K, requires_grad=True)
         eye = torch.eye(K, requires_grad=True)
         zero = torch.zeros(K, K)
-        y = decomposed_linear(x, zero, down=eye, up=eye, dropout=p, seed=seed, impl=impl)
+        y = decomposed_linear(x, zero, down=eye, up=eye, dropout=p, seed=seed, impl=each)
         ones = torch.ones(1, K).requires_grad_()
         through_dx = decomposed_linear(
-            x, torch.zeros(1, K), down=ones, up=torch.ones(1, 1), dropout=p, seed=seed, impl=impl
+            x, torch.zeros(1, K), down=ones, up=torch.ones(1, 1), dropout=p, seed=seed, impl=each
         )
         through_dA = torch.autograd.grad(y.sum(), eye, retain_graph=True)[0]
         d_x = torch.autograd.grad(through_dx.sum(), x)[0]
-        found[impl] = (y, d_x, through_dA)
+        found[each] = (y, d_x, through_dA)
     kept = keep_mask(seed, (19, K), p)
-    for one, other in zip(found["aten"], found[IMPL], strict=True):
+    for one, other in zip(found["aten"], found[impl], strict=True):
         torch.testing.assert_close(one, other)
-    y, d_x, _ = found[IMPL]
+    y, d_x, _ = found[impl]
     assert torch.equal(y != 0, kept)
     assert torch.equal(d_x != 0, kept)
 
 
-def test_only_what_is_asked_for_is_computed():
+@forms
+def test_only_what_is_asked_for_is_computed(impl):
     for asked in (["x"], ["up"], ["down", "core"], ["out_scale"], ["in_scale"], ["bias", "x"]):
         tensors = make(OPTIONAL, "fp32")
         for name, tensor in tensors.items():
             tensor.requires_grad_(name in asked)
-        decomposed_linear(**tensors, scale=0.7, impl=IMPL).sum().backward()
+        decomposed_linear(**tensors, scale=0.7, impl=impl).sum().backward()
         exact = {k: v.detach().double().requires_grad_(k in asked) for k, v in tensors.items()}
         formula(exact, 0.7, "identity").sum().backward()
         for name, tensor in tensors.items():
@@ -105,70 +116,74 @@ def test_only_what_is_asked_for_is_computed():
                 assert relative_error(tensor.grad, exact[name].grad) < 2e-6, name
 
 
-def test_same_inputs_same_bits():
+@forms
+def test_same_inputs_same_bits(impl):
     tensors = make(OPTIONAL, "bf16-fp32", (65,), K=200, N=150)
     seed = torch.tensor(5)
     dy = torch.randn(65, 150).bfloat16()
 
     def call(t):
-        return decomposed_linear(**t, dropout=0.1, seed=seed, impl=IMPL)
+        return decomposed_linear(**t, dropout=0.1, seed=seed, impl=impl)
 
     first, second = outcome(call, tensors, dy), outcome(call, tensors, dy)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_float32_adapters_on_a_bf16_base_keep_float32_precision():
+@forms
+def test_float32_adapters_on_a_bf16_base_keep_float32_precision(impl):
     tensors = make(["branch"], "bf16-fp32", (40,), K=64, N=48, r=8)
     exact = {k: v.detach().double().requires_grad_() for k, v in tensors.items()}
     dy = torch.randn(40, 48).bfloat16()
-    ours = outcome(lambda t: decomposed_linear(**t, scale=0.7, impl=IMPL), tensors, dy)
+    ours = outcome(lambda t: decomposed_linear(**t, scale=0.7, impl=impl), tensors, dy)
     truth = outcome(lambda t: formula(t, 0.7, "identity"), exact, dy.double())
     for name in ("down", "up"):
         assert relative_error(ours[name], truth[name]) < 2e-6, name
 
 
-def test_registration():
+@forms
+def test_registration(impl):
     for terms in ([], OPTIONAL):
         t = {k: v.detach() for k, v in make(terms, "bf16-fp32").items()}
         options = (torch.tensor(3), 0.5, 0.25, "gelu")
         keep = ["branch" in terms, "out_scale" in terms]
         shared = (t["weight"], None, "dense", *(t.get(n) for n in NAMES[2:8]))
-        args = (t["x"], *shared, t.get("addend"), *options, keep, IMPL)
+        args = (t["x"], *shared, t.get("addend"), *options, keep, impl)
         torch.library.opcheck(fwd, args)
         y, h, z = fwd(*args)
         needs = [name in t for name in NAMES]
         needs[-1] = "out_scale" in t and "addend" in t
         given = (h if keep[0] else None, z if keep[1] else None)
-        torch.library.opcheck(bwd, (y, t["x"], *shared, *given, *options, needs, IMPL))
+        torch.library.opcheck(bwd, (y, t["x"], *shared, *given, *options, needs, impl))
     weight, down, up = torch.randn(9, 12).bfloat16(), torch.randn(3, 12), torch.randn(9, 3)
     squared = squared_rows(weight)
-    torch.library.opcheck(norm_fwd, (weight, squared, down, up, 0.7, IMPL))
-    norm = norm_fwd(weight, squared, down, up, 0.7, IMPL)
-    torch.library.opcheck(norm_bwd, (norm, norm, weight, down, up, 0.7, IMPL))
+    torch.library.opcheck(norm_fwd, (weight, squared, down, up, 0.7, impl))
+    norm = norm_fwd(weight, squared, down, up, 0.7, impl)
+    torch.library.opcheck(norm_bwd, (norm, norm, weight, down, up, 0.7, impl))
 
 
 def test_row_norm_differentiates():
     weight = torch.randn(37, 53)
     down, up = torch.randn(5, 53, requires_grad=True), torch.randn(37, 5, requires_grad=True)
     found = {}
-    for impl in ("aten", IMPL):
+    for impl in ("aten", "triton:passes"):
         norm = row_norm(weight, down, up, 0.7, impl=impl)
         found[impl] = (norm, *torch.autograd.grad(norm.sum(), (down, up)))
-    for one, other in zip(found["aten"], found[IMPL], strict=True):
+    for one, other in zip(found["aten"], found["triton:passes"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-    start = row_norm(weight, down, torch.zeros_like(up), 0.7, impl=IMPL)
+    start = row_norm(weight, down, torch.zeros_like(up), 0.7, impl="triton:passes")
     assert torch.equal(start, squared_rows(weight).sqrt())
 
 
+@forms
 @pytest.mark.parametrize("name", ["lora", "dora", "ssb", "ia3", "parallel_adapter"])
-def test_a_layer_trains_through_it(name):
+def test_a_layer_trains_through_it(impl, name):
     torch.manual_seed(0)
     method = dk.methods()[name]
     linear, x = nn.Linear(20, 14), torch.randn(9, 20)
     grads, outputs = [], []
-    for impl in ("aten", IMPL):
+    for each in ("aten", impl):
         torch.manual_seed(1)
-        layer = dk.DecomposedLinear(linear, method(impl=impl))
+        layer = dk.DecomposedLinear(linear, method(impl=each))
         with torch.no_grad():
             for parameter in layer.parameters():
                 if parameter.requires_grad:
@@ -183,27 +198,29 @@ def test_a_layer_trains_through_it(name):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_the_environment_variable_chooses_it(monkeypatch):
-    monkeypatch.setenv(dispatch.VARIABLE, IMPL)
-    assert dispatch.choose(torch.ones(1), has=dispatch.IMPLS) == IMPL
+@forms
+def test_the_environment_variable_chooses_it(impl, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, impl)
+    assert dispatch.choose(torch.ones(1), has=dispatch.IMPLS) == impl
     monkeypatch.delenv(dispatch.VARIABLE)
     assert dispatch.choose(torch.ones(1), has=dispatch.IMPLS) == "aten"
 
 
-def test_where_it_cannot_run_it_says_why_and_does_not_fall_back(monkeypatch):
+@forms
+def test_where_it_cannot_run_it_says_why_and_does_not_fall_back(impl, monkeypatch):
     tensors = make(["branch"], "fp32")
     with pytest.raises(RuntimeError, match="float32, bfloat16 and float16, and x is float64"):
-        decomposed_linear(**make(["branch"], "fp64"), impl=IMPL)
+        decomposed_linear(**make(["branch"], "fp64"), impl=impl)
     with pytest.raises(RuntimeError, match="no such implementation yet; use impl='aten'"):
-        dk.DecomposedLinear(nn.Linear(8, 6), dk.methods()["hira"](impl=IMPL))(torch.ones(2, 8))
+        dk.DecomposedLinear(nn.Linear(8, 6), dk.methods()["hira"](impl=impl))(torch.ones(2, 8))
     with pytest.raises(RuntimeError, match="x is on meta"):
-        dispatch.choose(torch.ones(1, device="meta"), IMPL, has=dispatch.IMPLS)
+        dispatch.choose(torch.ones(1, device="meta"), impl, has=dispatch.IMPLS)
     monkeypatch.setenv(dispatch.INTERPRET, "0")
     with pytest.raises(RuntimeError, match="x is on the CPU, where Triton runs only as an"):
-        decomposed_linear(**tensors, impl=IMPL)
+        decomposed_linear(**tensors, impl=impl)
     monkeypatch.setattr(dispatch, "why_not_installed", lambda: "triton is not installed")
-    with pytest.raises(RuntimeError, match="impl='triton:passes' cannot run: triton is not inst"):
-        row_norm(tensors["weight"], tensors["down"], tensors["up"], impl=IMPL)
+    with pytest.raises(RuntimeError, match=f"impl='{impl}' cannot run: triton is not inst"):
+        row_norm(tensors["weight"], tensors["down"], tensors["up"], impl=impl)
 
 
 INSPECT = """
@@ -253,14 +270,16 @@ sys.path.insert(0, "tests")
 from triton_mutants import Mutant, planted
 from decomp_kernels.cli import inspect
 
-def problems(file, old, new, arch="sm_80"):
+def problems(file, old, new, arch="sm_80", kernel="row_norm", last_entry=True):
     with planted(Mutant(file, "", old, new, "")):
-        (row,) = inspect.inspect(kernels=["row_norm"], architectures=[arch], last_entry=True)
-    return "; ".join(row["problems"])
+        rows = inspect.inspect(kernels=[kernel], architectures=[arch], last_entry=last_entry)
+        return "; ".join(problem for row in rows for problem in row["problems"])
 
 print(problems("row_norm", "(0).to(tl.int64) * BLOCK_M", "(0) * BLOCK_M"))
 print(problems("row_norm", "tl.sum(up", "tl.sums(up"))
 print(problems("pieces", "tl.dot(a, b, acc", "tl.dot(a.to(tl.float32), b.to(tl.float32), acc"))
+load, none = "source.load([first_row, first_col])", "tl.zeros((ROWS, COLS), tl.bfloat16)"
+print(problems("fused_tiles", load, none, "sm_90", "fused_forward", last_entry=False))
 inspect.LIMITS["sm_80"] = 1000
 print(problems("row_norm", "tl.sum(up", "tl.sum(up"))
 """
@@ -269,16 +288,18 @@ print(problems("row_norm", "tl.sum(up", "tl.sum(up"))
 def test_inspect_finds_what_it_looks_for():
     done = compiled(BROKEN)
     assert done.returncode == 0, done.stderr[-3000:]
-    narrow, broken, scalar, large = done.stdout.splitlines()
+    narrow, broken, scalar, copied, large = done.stdout.splitlines()
     assert "32-bit offsets: tt.load" in narrow
     assert "does not compile" in broken
     assert "no mma.sync" in scalar
+    assert "no TMA copies" in copied
     assert "bytes of shared memory, 1000 are there" in large
 
 
 def test_the_command_prints_a_table_and_fails_on_problems(monkeypatch, capsys):
     row = {"kernel": "row_norm", "specimen": "bf16", "entry": 0, "arch": "sm_90", "problems": []}
-    full = {"shared": 1, "limit": 2, "registers": 3, "spilled": 0, "size": 4, "matrix": ["wgmma"]}
+    full = {"shared": 1, "limit": 2, "registers": 3, "spilled": 0, "size": 4, "tma": 5}
+    full["matrix"] = ["wgmma"]
     rows = [row | full]
     monkeypatch.setattr(inspect, "inspect", lambda **options: rows)
     assert main(["inspect"]) == 2  # interpreted here

@@ -148,7 +148,7 @@ def row_norm(dtype, r, shape):
         agree(actual, None, true, name, single=True)
 
 
-def operator(dtype, dropping):
+def operator(dtype, dropping, impl="triton:passes"):
     """Forward and every gradient through the composition, beside the library composition."""
     from decomp_kernels.ops.decomposed_linear import decomposed_linear
 
@@ -175,7 +175,7 @@ def operator(dtype, dropping):
     wide = {name: value.detach().double().requires_grad_() for name, value in given.items()}
     for name, *values in zip(
         ("y", *given),
-        outcome("triton:passes", given, dy),
+        outcome(impl, given, dy),
         outcome("aten", given, dy),
         outcome("reference", wide, dy.double()),
         strict=True,

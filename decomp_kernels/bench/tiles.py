@@ -47,7 +47,7 @@ def tune(
     """
     run = kernels()[kernel](cell, device)
     sizes = {"M": cell.N if kernel in ON_WEIGHTS else cell.M, "r": cell.r}
-    entry = tables.first(kernel, dispatch.architecture(device), sizes, **_kinds(cell))
+    entry = tables.first(kernel, dispatch.architecture(device), sizes, adapter=_adapter(cell))
     present = entry["config"]
     expected = _flat(run())
     best, gain, tried, failed = present, 1.0, 1, 0
@@ -76,7 +76,7 @@ def tune(
             break
         best, gain = found[winner], gain / times[winner]
     return {
-        "kernel": kernel, "cell": cell.label, **sizes, **_kinds(cell),
+        "kernel": kernel, "cell": cell.label, **sizes, "adapter": _adapter(cell),
         "config": best, "gain": round(gain, 3), "tried": tried, "failed": failed,
     }  # fmt: skip
 
@@ -107,9 +107,8 @@ def entry(found: dict[str, Any], arch: str, measured: dict[str, Any] | None) -> 
     }  # fmt: skip
 
 
-def _kinds(cell: Cell) -> dict[str, str]:
-    wide = cell.wide_adapter or cell.dtype == "float32"
-    return {"adapter": "float32" if wide else "narrow"}
+def _adapter(cell: Cell) -> str:
+    return "float32" if cell.wide_adapter or cell.dtype == "float32" else "narrow"
 
 
 def _contender(

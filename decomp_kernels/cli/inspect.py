@@ -19,7 +19,14 @@ from typing import Any
 from decomp_kernels import dispatch, tables
 from decomp_kernels.cli.errors import BadInput, CheckFailed, one_line
 
-KERNELS = ("down_projection", "up_expansion", "column_walk", "row_norm")
+KERNELS = (
+    "down_projection",
+    "up_expansion",
+    "column_walk",
+    "row_norm",
+    "fused_forward",
+    "fused_input_gradient",
+)
 # Shared memory that one program may have, bytes: CUDA programming guide, compute capabilities;
 # for gfx942 the local data share of a compute unit.
 LIMITS = {
@@ -31,6 +38,8 @@ LIMITS = {
     "sm_120": 101_376,
     "gfx942": 65_536,
 }
+# A copy of a whole tile from memory, which tensor descriptors are for.
+TMA = r"cp\.async\.bulk\.tensor\.\d+d\.shared::"
 WARPGROUP = {"sm_90": "wgmma", "sm_100": "tcgen05"}
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -69,7 +78,7 @@ def inspect(
 ) -> Iterator[dict[str, Any]]:
     """One row for each kernel, shipped configuration and architecture.
 
-    On a bf16 base with every option of the kernel, the adapter as the configuration is for;
+    On a bf16 base with every option of the kernel, where the configuration is not for float32;
     ``everything`` takes each dtype and option.  last_entry: one configuration a kernel.
     """
     from decomp_kernels.kernels.triton.configurations import width
@@ -79,13 +88,19 @@ def inspect(
         for number, entry in list(enumerate(tables.shipped(kernel)))[-1 if last_entry else 0 :]:
             found = list(module.specimens(entry["config"]))
             specimens = [
-                s
-                for s in found
-                if tables.fits(entry, adapter=width(s.name.split()[0].endswith("fp32")))
+                specimen
+                for specimen in found
+                for dtypes in specimen.name.split()[:1]
+                if tables.fits(
+                    entry,
+                    adapter=width(dtypes.endswith("fp32")),
+                    base=width(dtypes.startswith("fp32")),
+                )
+                and tables.holds(entry, specimen.uses)
             ]
             if not everything:
-                specimens = [s for s in specimens if s.name.startswith("bf16")]
-                first = specimens[0].name.split()[0]  # bf16, or bf16-fp32 where it is for float32
+                # bf16, or bf16-fp32 or fp32 where it is for float32
+                first = specimens[0].name.split()[0]
                 specimens = [s for s in specimens if s.name.split()[0] == first][-1:]
             for specimen in specimens:
                 for arch in architectures or LIMITS:
@@ -106,6 +121,8 @@ def _examined(specimen: Any, entry: dict[str, Any], arch: str) -> dict[str, Any]
     found = [name for name, text in INSTRUCTIONS.items() if re.search(text, assembly)]
     registers, spilled = _resources(compiled, arch)
     narrow = narrow_offsets(compiled.asm["ttir"])
+    described = any(kind.startswith("tensordesc") for kind in specimen.types.values())
+    copies = len(re.findall(TMA, assembly))
     shared, problems = compiled.metadata.shared, []
     if shared > LIMITS[arch]:
         problems.append(f"{shared} bytes of shared memory, {LIMITS[arch]} are there")
@@ -116,11 +133,14 @@ def _examined(specimen: Any, entry: dict[str, Any], arch: str) -> dict[str, Any]
     wanted = _declared(specimen, entry, arch)
     if wanted and wanted not in found:
         problems.append(f"no {wanted}")
+    if described and not copies:
+        problems.append("no TMA copies, though its operands are tensor descriptors")
     return row | {
         "shared": shared,
         "registers": registers,
         "spilled": spilled,
         "matrix": found,
+        "tma": copies,
         "size": len(compiled.asm["hsaco" if arch.startswith("gfx") else "cubin"]),
         "seconds": round(time.perf_counter() - start, 2),
         "problems": problems,
@@ -187,7 +207,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     A tile's address is a chain of additions to a pointer.  Rows, whose offset may pass 2^31, add in
     64 bits; a column inside a row may add in 32.
     """
-    made = dict(re.findall(r"(%[\w#-]+)(?::\d+)? = (.*)", ttir))
+    made: dict[str, str] = {}
 
     def widths(value: str) -> set[str]:
         text = made.get(value, "")
@@ -200,16 +220,19 @@ def narrow_offsets(ttir: str) -> list[str]:
         return set()
 
     found = []
-    for text in re.findall(r"(tt\.(?:load|store) .*)", ttir):
-        address = re.findall(r"%[\w#-]+", text)[0]
-        if re.search(r"tensor<\d+x\d+x!tt\.ptr", text) and "i64" not in widths(address):
-            found.append(text.split(" loc")[0])
+    for text in ttir.splitlines():  # in order: sibling blocks use the same names again
+        if defined := re.match(r"\s*(%[\w#-]+)(?::\d+)? = (.*)", text):
+            made[defined[1]] = defined[2]
+        if access := re.search(r"tt\.(?:load|store) .*", text):
+            address = re.findall(r"%[\w#-]+", access[0])[0]
+            if re.search(r"tensor<\d+x\d+x!tt\.ptr", text) and "i64" not in widths(address):
+                found.append(access[0].split(" loc")[0])
     return found
 
 
 HEADER = (
     f"{'kernel':<16} {'specimen':<28} {'entry':>5} {'arch':<7} {'shared':>7} {'of':>7} "
-    f"{'registers':>9} {'spilled':>7} {'size':>7}  matrix"
+    f"{'registers':>9} {'spilled':>7} {'size':>7} {'tma':>3}  matrix"
 )
 
 
@@ -219,6 +242,6 @@ def line(row: dict[str, Any]) -> str:
         return f"{start} {row['problems'][0]}"
     text = (
         f"{start} {row['shared']:>7} {row['limit']:>7} {row['registers']:>9} {row['spilled']:>7} "
-        f"{row['size']:>7}  {' '.join(row['matrix'])}"
+        f"{row['size']:>7} {row['tma']:>3}  {' '.join(row['matrix'])}"
     )
     return f"{text}  PROBLEM: {'; '.join(row['problems'])}" if row["problems"] else text

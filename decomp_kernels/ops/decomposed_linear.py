@@ -27,6 +27,7 @@ _SHARED = (
     "Tensor weight, Tensor? weight_scale, str weight_format, Tensor? bias, "
     "Tensor? down, Tensor? up, Tensor? core, Tensor? in_scale, Tensor? out_scale, "
 )
+_TRITON = {"triton:passes": "decomposed_linear", "triton:fused": "decomposed_linear_fused"}
 _OPTIONS = "Tensor? seed, float scale, float dropout, str activation, "
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -52,15 +53,16 @@ def _forward(
     """y [..., N], and t [M, r] and z [M, N] where ``keep`` asks for them, else None."""
     N, K = weight.shape
     matrix = x.dim() == 2
+    keep_t, keep_z = keep
     work = _work("forward", x, weight, down, dropout)
-    chosen = implementation(x, impl, reference, aten, "decomposed_linear", work)
+    chosen = implementation(x, impl, reference, aten, _TRITON, work)
     y, t, z = chosen.forward(
         x if matrix else x.reshape(-1, K), weight, bias, down, up, core, in_scale, out_scale,
         None if addend is None else addend.reshape(-1, N), seed, scale, dropout, activation,
+        keep_z,
     )  # fmt: skip
-    keep_t, keep_z = keep
     y = y if matrix else _unsafe_view(y, (*x.shape[:-1], N))
-    return y, t if keep_t else None, z if keep_z else None
+    return y, t if keep_t else None, z
 
 
 @outside_autocast
@@ -72,7 +74,7 @@ def _backward(
     N, K = weight.shape
     matrix = dy.dim() == 2
     work = _work("backward", dy, weight, down, dropout)
-    chosen = implementation(dy, impl, reference, aten, "decomposed_linear", work)
+    chosen = implementation(dy, impl, reference, aten, _TRITON, work)
     grads = chosen.backward(
         dy if matrix else dy.reshape(-1, N),
         x if x is None or matrix else x.reshape(-1, K),

@@ -83,6 +83,7 @@ def forward(
     scale: float,
     dropout: float,
     activation: str,
+    keep_z: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y, z [M, N] in x's dtype, t [M, r] in down's dtype (None without down)."""
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -98,7 +99,7 @@ def forward(
     y = z if out_scale is None else z * out_scale.to(wide)
     y = y if bias is None else y + bias.to(wide)
     kept_t = None if t is None or down is None else t.to(torch.promote_types(down.dtype, x.dtype))
-    return y.to(x.dtype), kept_t, z.to(x.dtype)
+    return y.to(x.dtype), kept_t, z.to(x.dtype) if keep_z else None
 
 
 def backward(

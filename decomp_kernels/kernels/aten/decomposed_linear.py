@@ -35,6 +35,7 @@ def forward(
     scale: float,
     dropout: float,
     activation: str,
+    keep_z: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], t [M, r] in down's dtype, z [M, N]: y before out_scale and bias."""
     x = _contiguous(x)
@@ -58,7 +59,7 @@ def forward(
     else:
         z = gemm.accumulate(start, X, weight.T)
     y = z if out_scale is None else columns.scale_columns(z, out_scale, bias)
-    return y, t, z
+    return y, t, z if keep_z else None
 
 
 def backward(

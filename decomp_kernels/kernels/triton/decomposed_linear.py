@@ -38,6 +38,7 @@ def forward(
     scale: float,
     dropout: float,
     activation: str,
+    keep_z: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """y [M, N], t [M, r] in down's dtype, z [M, N]: y before out_scale and bias."""
     x = x.contiguous()
@@ -58,7 +59,7 @@ def forward(
     else:
         z = gemm.accumulate(start, X, weight.T)
     y = z if out_scale is None else columns.scale_columns(z, out_scale, bias)
-    return y, t, z
+    return y, t, z if keep_z else None
 
 
 def backward(
@@ -82,13 +83,56 @@ def backward(
     need: Any = Gradients(*needs)
     dy = dy.contiguous()
     need_dX = bool(need.x or need.in_scale)
-    need_g = out_scale is not None and (need_dX or need.weight or need.addend)
-    g = columns.scale_columns(dy, out_scale) if need_g and out_scale is not None else dy
+    dt, found = small_gradients(
+        dy, x, down, up, core, in_scale, out_scale, t, z, seed, scale, dropout, activation, need
+    )  # fmt: skip
+    need_g = bool(need_dX or need.weight or need.addend)
+    g = dy if out_scale is None or not need_g else columns.scale_columns(dy, out_scale)
+    d_x = d_in = None
+    if need_dX:
+        if dt is not None and down is not None:
+            d_X = up_expansion(dt, down, dy.dtype, seed=seed, dropout=dropout)
+            d_X = gemm.accumulate(d_X, g, weight)
+        else:
+            d_X = g @ weight
+        d_x = d_X
+        if in_scale is not None:
+            d_x, d_in, _ = columns.scale_columns_backward(
+                d_X, x, in_scale, scaled=bool(need.x), summed=bool(need.in_scale), shift=False
+            )
+    return found._replace(
+        x=d_x,
+        weight=weight_gradient(g, x, in_scale) if need.weight else None,
+        in_scale=d_in,
+        addend=g if need.addend else None,
+    )
 
+
+def small_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    core: Tensor | None,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    t: Tensor | None,
+    z: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+    activation: str,
+    need: Any,
+) -> tuple[Tensor | None, Gradients]:
+    """dt, and the gradients of bias, down, up, core and out_scale: one pass over dy, one over x.
+
+    dt [M, r] in down's dtype is divided by the kept fraction, and None without a branch or where
+    nothing needs it.  dy is contiguous.
+    """
     phi = right = left = None
     if down is not None and up is not None:
         phi = None if t is None else activate(t, activation).float()
-        if need_dX or need.down or need.core:
+        if need.x or need.in_scale or need.down or need.core:
             right = up if out_scale is None else (up * out_scale[:, None]).to(up.dtype)
         if need.up and phi is not None:
             left = (phi if core is None else phi * core.float()).mul(scale).to(up.dtype)
@@ -104,7 +148,7 @@ def backward(
     if d_up is not None:
         d_up = (d_up if out_scale is None else d_up * out_scale).T.contiguous()
 
-    d_X = d_down = d_core = None
+    dt = d_down = d_core = None
     if u is not None and down is not None:
         u = u * scale
         d_core = (u * phi).sum(0) if need.core and phi is not None else None
@@ -116,17 +160,11 @@ def backward(
         if need.down and x is not None:
             d_down = column_walk(x.contiguous(), left=dt, seed=seed, dropout=dropout)[1]
             d_down = d_down if in_scale is None or d_down is None else d_down * in_scale
-        if need_dX:
-            d_X = up_expansion(dt, down, dy.dtype, seed=seed, dropout=dropout)
-    if need_dX:
-        d_X = g @ weight if d_X is None else gemm.accumulate(d_X, g, weight)
-    d_x, d_in = d_X, None
-    if in_scale is not None and d_X is not None:
-        d_x, d_in, _ = columns.scale_columns_backward(
-            d_X, x, in_scale, scaled=bool(need.x), summed=bool(need.in_scale), shift=False
-        )
-    d_weight = None
-    if need.weight and x is not None:
-        d_weight = g.T @ (x if in_scale is None else columns.scale_columns(x, in_scale))
-    d_addend = g if need.addend else None
-    return Gradients(d_x, d_weight, d_bias, d_down, d_up, d_core, d_in, d_out, d_addend)
+    return dt, Gradients(None, None, d_bias, d_down, d_up, d_core, None, d_out, None)
+
+
+def weight_gradient(g: Tensor, x: Tensor | None, in_scale: Tensor | None) -> Tensor:
+    """dW = g^T X: one more GEMM of the library, for a base weight that is trained."""
+    if x is None:
+        raise RuntimeError("the gradient of the weight was asked for without x")
+    return g.T @ (x if in_scale is None else columns.scale_columns(x, in_scale))

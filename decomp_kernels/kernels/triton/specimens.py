@@ -4,7 +4,7 @@ Each kernel file has ``specimens(config)``: every combination of dtypes and opti
 configuration differs as compiled code.  ``decomp-kernels inspect`` compiles them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # name: dtypes of the large operand and of the adapter
@@ -21,7 +21,8 @@ DTYPES = {
 class Specimen:
     """types: run-time arguments, "*bf16", "i32", "fp32".  constants: all others, by name.
 
-    unit: arguments that are 1, as the launcher makes constants of them.
+    unit: arguments that are 1, as the launcher makes constants of them.  uses: sizes that an
+    entry's ``when`` may limit.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Specimen:
     options: dict[str, int]
     aligned: bool = True  # pointers, sizes and strides are multiples of 16
     unit: tuple[str, ...] = ()
+    uses: dict[str, int] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[str]:
