@@ -296,7 +296,7 @@ def test_inspect_finds_what_it_looks_for():
     assert "bytes of shared memory, 1000 are there" in large
 
 
-def test_the_command_prints_a_table_and_fails_on_problems(monkeypatch, capsys):
+def test_the_command_prints_a_table_and_fails_on_problems(monkeypatch, capsys, tmp_path):
     row = {"kernel": "row_norm", "specimen": "bf16", "entry": 0, "arch": "sm_90", "problems": []}
     full = {"shared": 1, "limit": 2, "registers": 3, "spilled": 0, "size": 4, "tma": 5}
     full["matrix"] = ["wgmma"]
@@ -309,7 +309,17 @@ def test_the_command_prints_a_table_and_fails_on_problems(monkeypatch, capsys):
     assert "wgmma" in capsys.readouterr().out
     assert main(["inspect", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == rows
+    document = tmp_path / "doc.md"
+    document.write_text("no place")
+    assert main(["inspect", "--into", str(document)]) == 2
+    assert "must have one line <!-- inspect -->" in capsys.readouterr().err
+    document.write_text("a\n<!-- inspect -->\n<!-- end of inspect -->\nb\n")
+    assert main(["inspect", "--into", str(document)]) == 0
+    assert "| row_norm | sm_90 | 1 of 1 | 1 | 232,448 | 3 | 0 | wgmma | 5 |" in document.read_text()
     rows.append(row | {"problems": ["does not compile"]})
+    assert main(["inspect", "--into", str(document)]) == 1
+    assert "| row_norm | sm_90 | 1 of 2 |" in document.read_text()
+    capsys.readouterr()
     assert main(["inspect"]) == 1
     assert "1 of 2 compiled kernels have problems" in capsys.readouterr().err
 

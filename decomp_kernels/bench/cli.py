@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from decomp_kernels.bench import layers, record, report
+from decomp_kernels.bench.marked import check_marked, put_into
 from decomp_kernels.bench.shapes import shape
 
 SHAPES = [(512, 1024, 1024), (512, 2048, 2048)]
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         todo = _todo(args) if args.suite == "layer" else []
         contents = [record.read(path) for path in args.files] if args.suite == "table" else []
         if args.suite == "table" and args.into is not None:
-            report.check_marked(args.into, "layers" if args.goals is None else "goals")
+            check_marked(args.into, "layers" if args.goals is None else "goals")
     except (OSError, ValueError) as error:
         print(f"decomp-kernels bench: error: {error}", file=sys.stderr)
         return 2
@@ -136,7 +137,7 @@ def _table(args: argparse.Namespace, contents: list[dict[str, Any]]) -> int:
     headlines = [_headline(content) for content in contents]
     print("\n".join([*headlines, "", table]))
     if args.into is not None:
-        report.put_into(args.into, name, "\n\n".join([*headlines, table]))
+        put_into(args.into, name, "\n\n".join([*headlines, table]))
         print(f"written: {args.into}")
     if args.picture is not None:
         report.picture(rows, args.picture, headlines[0])

@@ -7,6 +7,7 @@ instruction, and that offsets of two-dimensional tiles are 64-bit.
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from decomp_kernels import dispatch, tables
+from decomp_kernels.bench.marked import check_marked, put_into
 from decomp_kernels.cli.errors import BadInput, CheckFailed, one_line
 
 KERNELS = (
@@ -54,16 +56,27 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(f"inspect compiles, and {dispatch.INTERPRET}=1 interprets: unset it")
     if dispatch.why_not_installed():
         raise BadInput("inspect needs triton: pip install triton")
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # or 3.9 warns in every process
+    if args.into is not None:
+        try:
+            check_marked(args.into, "inspect")
+        except (OSError, ValueError) as error:
+            raise BadInput(str(error)) from None
     rows = []
     if not args.json:
         print(HEADER)
-    for row in inspect(everything=args.all, kernels=args.kernel, architectures=args.arch):
+    for row in inspect(
+        everything=args.all, kernels=args.kernel, architectures=args.arch, jobs=args.jobs
+    ):
         rows.append(row)
         if not args.json:
             print(line(row), flush=True)
     if args.json:
         print(json.dumps(rows, indent=1))
     failed = [row for row in rows if row["problems"]]
+    if args.into is not None:
+        put_into(args.into, "inspect", summary(rows))
+        print(f"written: {args.into}")
     if failed:
         raise CheckFailed(f"{len(failed)} of {len(rows)} compiled kernels have problems")
     return 0
@@ -75,12 +88,28 @@ def inspect(
     kernels: list[str] | None = None,
     architectures: list[str] | None = None,
     last_entry: bool = False,
+    jobs: int = 1,
 ) -> Iterator[dict[str, Any]]:
     """One row for each kernel, shipped configuration and architecture.
 
     On a bf16 base with every option of the kernel, where the configuration is not for float32;
-    ``everything`` takes each dtype and option.  last_entry: one configuration a kernel.
+    ``everything`` takes each dtype and option.  last_entry: one configuration a kernel.  jobs:
+    processes that compile.
     """
+    tasks = list(_tasks(everything, kernels, architectures, last_entry))
+    if jobs == 1:
+        yield from map(_row, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap(_row, tasks)
+
+
+Task = tuple[str, int, str, str]  # kernel, entry, specimen, architecture
+
+
+def _tasks(
+    everything: bool, kernels: list[str] | None, architectures: list[str] | None, last_entry: bool
+) -> Iterator[Task]:
     from decomp_kernels.kernels.triton.configurations import width
 
     for kernel in kernels or KERNELS:
@@ -99,14 +128,22 @@ def inspect(
                 and tables.holds(entry, specimen.uses)
             ]
             if not everything:
-                # bf16, or bf16-fp32 or fp32 where it is for float32
-                first = specimens[0].name.split()[0]
+                kinds = [specimen.name.split()[0] for specimen in specimens]
+                first = next((kind for kind in kinds if kind.startswith("bf16")), kinds[0])
                 specimens = [s for s in specimens if s.name.split()[0] == first][-1:]
             for specimen in specimens:
                 for arch in architectures or LIMITS:
                     if entry["arch"] in ("any", arch):
-                        row = {"kernel": kernel, "entry": number, "specimen": specimen.name}
-                        yield row | _examined(specimen, entry, arch)
+                        yield kernel, number, specimen.name, arch
+
+
+def _row(task: Task) -> dict[str, Any]:
+    kernel, number, name, arch = task
+    entry = tables.shipped(kernel)[number]
+    module = importlib.import_module(f"decomp_kernels.kernels.triton.{kernel}")
+    (specimen,) = (s for s in module.specimens(entry["config"]) if s.name == name)
+    row = {"kernel": kernel, "entry": number, "specimen": name}
+    return row | _examined(specimen, entry, arch)
 
 
 def _examined(specimen: Any, entry: dict[str, Any], arch: str) -> dict[str, Any]:
@@ -245,3 +282,36 @@ def line(row: dict[str, Any]) -> str:
         f"{row['size']:>7} {row['tma']:>3}  {' '.join(row['matrix'])}"
     )
     return f"{text}  PROBLEM: {'; '.join(row['problems'])}" if row["problems"] else text
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A line for each kernel and architecture, the worst of its compilations, as Markdown."""
+    import triton
+
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["arch"]), []).append(row)
+    problems = sum(bool(row["problems"]) for row in rows)
+    columns = (
+        "kernel", "architecture", "compiled", "shared memory", "of", "registers", "spilled",
+        "matrix instructions", "TMA copies",
+    )  # fmt: skip
+    lines = [
+        f"{len(rows)} compilations by Triton {triton.__version__}, {problems} with problems. "
+        f"Bytes of shared memory and registers of a thread: the most of any.\n",
+        f"| {' | '.join(columns)} |",
+        "|---|---|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for (kernel, arch), group in groups.items():
+        done = [row for row in group if "shared" in row]
+
+        def most(what: str, done: list[dict[str, Any]] = done) -> str:
+            return f"{max((row[what] for row in done), default=0):,}"
+
+        matrix = sorted({name for row in done for name in row["matrix"]})
+        lines.append(
+            f"| {kernel} | {arch} | {len(done)} of {len(group)} | {most('shared')} | "
+            f"{LIMITS[arch]:,} | {most('registers')} | {most('spilled')} | {', '.join(matrix)} | "
+            f"{most('tma')} |"
+        )
+    return "\n".join(lines)

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from decomp_kernels import __version__
@@ -73,6 +74,11 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     compiled.add_argument("--kernel", action="append", choices=inspect.KERNELS, help="only this")
     compiled.add_argument("--arch", action="append", choices=inspect.LIMITS, help="only this")
     compiled.add_argument("--json", action="store_true")
+    compiled.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; default 1")
+    compiled.add_argument(
+        "--into", type=Path, metavar="FILE.md",
+        help="write a summary into this file, between its <!-- inspect --> lines",
+    )  # fmt: skip
     compiled.set_defaults(run=inspect.run)
 
     told = commands.add_parser("explain", help="one layer: which implementation, why, roofline")
