@@ -34,6 +34,8 @@ def kernels() -> dict[str, Case]:
         "up_expansion": _up_expansion,
         "column_walk": _column_walk,
         "row_norm": _row_norm,
+        "fused_forward": _fused_forward,
+        "fused_input_gradient": _fused_input_gradient,
     }
 
 
@@ -47,7 +49,8 @@ def tune(
     """
     run = kernels()[kernel](cell, device)
     sizes = {"M": cell.N if kernel in ON_WEIGHTS else cell.M, "r": cell.r}
-    entry = tables.first(kernel, dispatch.architecture(device), sizes, adapter=_adapter(cell))
+    kinds = {"adapter": _adapter(cell), "base": _base(cell)}
+    entry = tables.first(kernel, dispatch.architecture(device), sizes, **kinds)  # type: ignore[arg-type]
     present = entry["config"]
     expected = _flat(run())
     best, gain, tried, failed = present, 1.0, 1, 0
@@ -76,7 +79,7 @@ def tune(
             break
         best, gain = found[winner], gain / times[winner]
     return {
-        "kernel": kernel, "cell": cell.label, **sizes, "adapter": _adapter(cell),
+        "kernel": kernel, "cell": cell.label, **sizes, **kinds,
         "config": best, "gain": round(gain, 3), "tried": tried, "failed": failed,
     }  # fmt: skip
 
@@ -101,14 +104,18 @@ def neighbours(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def entry(found: dict[str, Any], arch: str, measured: dict[str, Any] | None) -> dict[str, Any]:
     """The table entry of a tile that ``tune`` found."""
     return {
-        "arch": arch, "when": {"M_max": found["M"], "r_max": found["r"]},
-        "adapter": found["adapter"], "config": found["config"],
+        "arch": arch, "when": {"M_max": found["M"], "r_max": found["r"], "scaled_max": 0, "dropout_max": 0},
+        "adapter": found["adapter"], "base": found["base"], "config": found["config"],
         "measured": measured | {"gain": found["gain"]} if measured else False,
     }  # fmt: skip
 
 
 def _adapter(cell: Cell) -> str:
     return "float32" if cell.wide_adapter or cell.dtype == "float32" else "narrow"
+
+
+def _base(cell: Cell) -> str:
+    return "float32" if cell.dtype == "float32" else "narrow"
 
 
 def _contender(
@@ -169,3 +176,15 @@ def _row_norm(cell: Cell, device: torch.device) -> Callable[[], Any]:
     o, forward = _operands(cell, device), _module("row_norm").forward
     squared = o["weight"].float().square().sum(1)
     return lambda: forward(o["weight"], squared, o["down"], o["up"], 1.0)
+
+
+def _fused_forward(cell: Cell, device: torch.device) -> Callable[[], Any]:
+    o, forward = _operands(cell, device), _module("fused_forward").fused_forward
+    v = _rows(cell, cell.r, o["up"])
+    return lambda: forward(o["x"], o["weight"], v=v, up=o["up"])
+
+
+def _fused_input_gradient(cell: Cell, device: torch.device) -> Callable[[], Any]:
+    o, backward = _operands(cell, device), _module("fused_input_gradient").fused_input_gradient
+    dy, dt = _rows(cell, cell.N, o["x"]), _rows(cell, cell.r, o["down"])
+    return lambda: backward(dy, o["weight"], dt=dt, down=o["down"])

@@ -296,9 +296,10 @@ def summary(rows: list[dict[str, Any]]) -> str:
         "kernel", "architecture", "compiled", "shared memory", "of", "registers", "spilled",
         "matrix instructions", "TMA copies",
     )  # fmt: skip
+    head = f"{len(rows)} compilations by Triton {triton.__version__}, {problems} with problems."
     lines = [
-        f"{len(rows)} compilations by Triton {triton.__version__}, {problems} with problems. "
-        f"Bytes of shared memory and registers of a thread: the most of any.\n",
+        f"{head} Bytes of shared memory and registers of a thread: the most of any.",
+        "",
         f"| {' | '.join(columns)} |",
         "|---|---|---:|---:|---:|---:|---:|---|---:|",
     ]
