@@ -104,7 +104,8 @@ def neighbours(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def entry(found: dict[str, Any], arch: str, measured: dict[str, Any] | None) -> dict[str, Any]:
     """The table entry of a tile that ``tune`` found."""
     return {
-        "arch": arch, "when": {"M_max": found["M"], "r_max": found["r"], "scaled_max": 0, "dropout_max": 0},
+        "arch": arch,
+        "when": {"M_max": found["M"], "r_max": found["r"], "scaled_max": 0, "dropout_max": 0},
         "adapter": found["adapter"], "base": found["base"], "config": found["config"],
         "measured": measured | {"gain": found["gain"]} if measured else False,
     }  # fmt: skip
