@@ -125,7 +125,7 @@ def _examined(specimen: Any, entry: dict[str, Any], arch: str) -> dict[str, Any]
 
 def _declared(specimen: Any, entry: dict[str, Any], arch: str) -> str | None:
     """The matrix instruction that bf16 products must run on."""
-    if not specimen.name.startswith("bf16"):
+    if not specimen.name.startswith("bf16") or not specimen.multiplies:
         return None
     if arch.startswith("gfx"):
         return "mfma"
@@ -139,19 +139,47 @@ def _compile(specimen: Any, arch: str) -> Any:
 
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for place, name in enumerate(specimen.kernel.arg_names):
-        if name in specimen.constants or name in specimen.unit:
-            signature[name] = "constexpr"
-            constants[(place,)] = 1 if name in specimen.unit else specimen.constants[name]
-            continue
-        signature[name] = specimen.types[name]
-        if specimen.aligned and (signature[name][0] == "*" or name in specimen.sizes):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+        if name in specimen.constants:
+            signature[name], constants[(place,)] = "constexpr", specimen.constants[name]
+        else:
+            value = specimen.types[name]
+            signature[name] = _typed(specimen, name, value, (place,), constants, attributes)
     source = ASTSource(
         fn=specimen.kernel, signature=signature, constexprs=constants, attrs=attributes
     )
     return triton.compile(source, target=target, options=specimen.options)
+
+
+def _typed(
+    specimen: Any,
+    name: str,
+    value: Any,
+    path: tuple[int, ...],
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+) -> Any:
+    """The type of one argument, or of one part of a tuple; what the launcher knows of it is added
+    to ``constants`` and ``attributes``.
+    """
+    from decomp_kernels.kernels.triton.specimens import is_size
+
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", (name,) * len(value))
+        parts = [
+            _typed(specimen, part, kind, (*path, place), constants, attributes)
+            for place, (part, kind) in enumerate(zip(names, value, strict=True))
+        ]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if value is None or name in specimen.unit:
+        constants[path] = None if value is None else 1
+        return "constexpr"
+    if specimen.aligned and (value[0] == "*" or is_size(name)):
+        attributes[path] = [["tt.divisibility", 16]]
+    return value
 
 
 def _resources(compiled: Any, arch: str) -> tuple[int, int]:

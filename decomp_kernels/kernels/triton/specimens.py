@@ -21,20 +21,23 @@ DTYPES = {
 class Specimen:
     """types: run-time arguments, "*bf16", "i32", "fp32".  constants: all others, by name.
 
+    A type may be a tuple, also of named tuples, of the types of its parts, None where one is absent.
     unit: arguments that are 1, as the launcher makes constants of them.
     """
 
     name: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, int]
     aligned: bool = True  # pointers, sizes and strides are multiples of 16
     unit: tuple[str, ...] = ()
 
-    @property
-    def sizes(self) -> list[str]:
-        return [name for name in self.types if name in "MNKCR" or name.startswith("stride")]
+    multiplies: bool = True  # has matrix products
+
+
+def is_size(name: str) -> bool:
+    return name in "MNKCR" or name.startswith("stride")
 
 
 def launch_options(config: dict[str, Any]) -> dict[str, int]:
