@@ -72,8 +72,8 @@ def down_projection(dtype, r, shape, scaled, dropping):
     agree(t, formula(x.to(adapter), A), exact, "t", adapter == torch.float32)
 
 
-def down_projections(dtype, r, shape, keep_t=True):
-    """Five adapters on one x: more than one launch takes; ranks, masks and scales of their own."""
+def down_projections(dtype, r, shape, keep_t=True, count=3):
+    """Adapters on one x, each with its own rank, mask, scales and phi."""
     base, adapter = DTYPES[dtype]
     M, K = shape
     x = tensor(M, K, dtype=base, seed=1)
@@ -91,11 +91,11 @@ def down_projections(dtype, r, shape, keep_t=True):
         for i, (rank, p, scale, activation) in enumerate(
             (
                 (r, DROPOUT, 0.7, "gelu"),
-                (r + 5, 0.5, 1.0, "identity"),
+                (5, 0.5, 1.0, "identity"),
                 (max(1, r // 2), 0.0, 1.3, "tanh"),
                 (1, DROPOUT, 1.0, "relu"),
-                (r, 0.0, 2.0, "silu"),
-            )
+                (3, 0.0, 2.0, "silu"),
+            )[:count]
         )
     ]
     found = kernel("down_projection").down_projections(x, given, keep_t=keep_t)
@@ -161,6 +161,33 @@ def up_expansion(dtype, r, shape, started, dropping):
         assert torch.equal(out != 0, kept), "dropped elements are zero and no others"
 
 
+def up_expansions(dtype, r, shape, count=3):
+    """Branches of one sum, each with its own rank and mask."""
+    base, adapter = DTYPES[dtype]
+    M, C = shape
+    kinds = ((r, DROPOUT), (5, 0.0), (max(1, r // 2), 0.5), (1, 0.0), (3, DROPOUT))[:count]
+    given = [
+        kernel("up_expansion").Expansion(
+            tensor(M, rank, dtype=adapter, seed=2 * i),
+            tensor(rank, C, dtype=adapter, seed=2 * i + 1),
+            torch.tensor(SEED + i, device=DEVICE) if p else None,
+            p,
+        )
+        for i, (rank, p) in enumerate(kinds)
+    ]
+    bias = tensor(C, dtype=base, seed=20)
+    out = kernel("up_expansion").up_expansions(given, base, bias=bias)
+
+    def formula(dtype):
+        total = bias.to(dtype)
+        for one in given:
+            kept = mask(M, C, int(one.seed), one.dropout) if one.dropout else 1.0
+            total = total + one.v.to(dtype) @ one.small.to(dtype) * kept
+        return total
+
+    agree(out, formula(adapter).to(base), formula(torch.float64), "out", base == torch.float32)
+
+
 def split_products():
     """Float32 adapters in front of a bf16 result lose nothing but that result's rounding."""
     r, M, C = 24, 70, 130
@@ -194,8 +221,8 @@ def column_walk(dtype, r, shape, dropping):
         agree(actual, None, truth, name, single=True)
 
 
-def walk_columns(dtype, r, shape):
-    """Five left factors, each with its own rank and mask; another tensor, summed and scaled."""
+def walk_columns(dtype, r, shape, count=3):
+    """Left factors, each with its own rank and mask; another tensor, summed and scaled."""
     base, adapter = DTYPES[dtype]
     M, N = shape
     big, other = tensor(M, N, dtype=base, seed=1), tensor(M, N, dtype=base, seed=2)
@@ -207,7 +234,7 @@ def walk_columns(dtype, r, shape):
             p,
         )
         for i, (rank, p) in enumerate(
-            ((r, DROPOUT), (r + 5, 0.0), (max(1, r // 2), 0.5), (1, DROPOUT), (r, DROPOUT))
+            ((r, DROPOUT), (5, 0.0), (max(1, r // 2), 0.5), (1, DROPOUT), (3, 0.5))[:count]
         )
     ]
     found = kernel("column_walk").walk_columns(big, lefts, other=other, scale=scale)

@@ -48,15 +48,21 @@ MUTANTS = [
            "keep_mask(seeds[0]", "downs"),
     Mutant("down_projection", "the first one's sum for all", "kept_x, down, accs[i]",
            "kept_x, down, accs[0]", "downs"),
-    Mutant("down_projection", "the last one left out", "for one in some]",
-           "for one in (*some[:-1], some[0])]", "downs"),
+    Mutant("down_projection", "the last one left out", "for adapter in some]",
+           "for adapter in (*some[:-1], some[0])]", "downs"),
     Mutant("up_expansion", "1 % in the bias", "acc += tl.load(bias_ptr",
            "acc += 1.01 * tl.load(bias_ptr", "up"),
-    Mutant("up_expansion", "no mask", "acc = tl.where(kept, acc, 0.0)", "acc = acc", "up"),
+    Mutant("up_expansion", "no mask", "tl.where(kept, part, 0.0)", "part", "up"),
     Mutant("up_expansion", "mask of column 0", "keep_mask(seed, rows, first_col",
            "keep_mask(seed, rows, 0 * first_col", "up"),
-    Mutant("up_expansion", "the first rank block alone", "range(0, R, BLOCK_R)",
-           "range(0, min(R, BLOCK_R), BLOCK_R)", "up"),
+    Mutant("up_expansion", "the first rank block alone", "range(0, b.R, BLOCK_R)",
+           "range(0, min(b.R, BLOCK_R), BLOCK_R)", "up"),
+    Mutant("up_expansion", "the first one's seed for all", "tl.load(branches[i].seed)",
+           "tl.load(branches[0].seed)", "ups"),
+    Mutant("up_expansion", "the last one alone", "acc += tl.where(kept, part, 0.0)",
+           "acc = tl.where(kept, part, 0.0)", "ups"),
+    Mutant("up_expansion", "the last launch alone", "bias, addend = None, out",
+           "bias, addend = None, None", "ups"),
     Mutant("column_walk", "1 % in u", "(BLOCK_M, BLOCK_R), tl.float32)",
            "(BLOCK_M, BLOCK_R), tl.float32) + 0.01", "walk"),
     Mutant("column_walk", "1 % in p", "p += tl.sum(", "p += 1.01 * tl.sum(", "walk"),
@@ -146,6 +152,8 @@ def run(check: str) -> None:
                 checks.down_projections(dtype, r, shape)
             elif check == "walks":
                 checks.walk_columns(dtype, r, shape)
+            elif check == "ups":
+                checks.up_expansions(dtype, r, shape, count=5)
             elif check == "phi":
                 checks.activations()
             elif check == "up":

@@ -211,7 +211,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     A tile's address is a chain of additions to a pointer.  Rows, whose offset may pass 2^31, add in
     64 bits; a column inside a row may add in 32.
     """
-    made = dict(re.findall(r"(%[\w#-]+)(?::\d+)? = (.*)", ttir))
+    made: dict[str, str] = {}  # a name may come again in another region: the latest is meant
 
     def widths(value: str) -> set[str]:
         text = made.get(value, "")
@@ -224,10 +224,14 @@ def narrow_offsets(ttir: str) -> list[str]:
         return set()
 
     found = []
-    for text in re.findall(r"(tt\.(?:load|store) .*)", ttir):
-        address = re.findall(r"%[\w#-]+", text)[0]
-        if re.search(r"tensor<\d+x\d+x!tt\.ptr", text) and "i64" not in widths(address):
-            found.append(text.split(" loc")[0])
+    for text in ttir.splitlines():
+        touched = re.search(r"tt\.(?:load|store) .*", text)
+        if touched and re.search(r"tensor<\d+x\d+x!tt\.ptr", touched[0]):
+            address = re.findall(r"%[\w#-]+", touched[0])[0]
+            if "i64" not in widths(address):
+                found.append(touched[0].split(" loc")[0])
+        if defined := re.search(r"(%[\w#-]+)(?::\d+)? = (.*)", text):
+            made[defined[1]] = defined[2]
     return found
 
 

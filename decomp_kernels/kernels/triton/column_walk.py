@@ -231,11 +231,12 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
         of_other = {"other_ptr": f"*{wide}", "p_ptr": "*fp32"}
         over_dy = {"right_ptr": f"*{adapter}", "u_ptr": "*fp32", "s_ptr": "*fp32", **of_other}
         over_x = {"scale_ptr": "*fp32", "scaled_ptr": f"*{wide}", **of_other}
-        for name, branches, options in (
-            ("dy", (plain,), over_dy),
+        walks = [
             (f"x {count} dropout", (masked,) * count, {}),
             (f"x {count} dropout dx", (masked,) * count, over_x),
-        ):
+            ("dy", (plain,), over_dy),
+        ]
+        for name, branches, options in walks[: 3 if count == 1 else 2]:  # dY is one adapter's own
             types = {"big_ptr": f"*{wide}", "branches": branches, **options}
             types |= dict.fromkeys(("M", "N", "R", "m_share"), "i32")
             pointers = {p for p in _kernel.arg_names if p.endswith("_ptr")}
