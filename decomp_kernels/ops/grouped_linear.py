@@ -75,7 +75,7 @@ def _bwd(dys, x, *others):
     d_x, found = chosen.backward(
         [dy.reshape(-1, dy.shape[-1]) for dy in dys],
         None if x is None else x.reshape(-1, K),
-        layers, ts, zs, [Gradients(needs[0], False, *of, False) for of in _by_layer(needs[1:])],
+        layers, ts, zs, [_needs(needs[0], of) for of in _by_layer(needs[1:])],
     )  # fmt: skip
     d_x = _absent(dys[0]) if d_x is None else d_x.to(dys[0].dtype).view(*lead, K)
     return d_x, [
@@ -116,6 +116,10 @@ def _bwd_fake(dys, x, *others):
     return d_x if needs[0] else _absent(dys[0]), grads
 
 
+def _needs(need_x: bool, trained: Sequence[bool]) -> Any:
+    return Gradients(need_x, False, *trained, False)  # type: ignore[arg-type, call-arg]
+
+
 def _by_layer(flat: Sequence[Any], size: int = len(TRAINED)) -> list[Sequence[Any]]:
     return [flat[start : start + size] for start in range(0, len(flat), size)]
 
@@ -152,7 +156,9 @@ class _GroupedLinear(torch.autograd.Function):
             needs += need[1:-1]
         # A layer without a branch has no t.
         downs = tensors[TENSORS.index("down") :: len(TENSORS)]
-        keep[0::2] = [kept and down is not None for kept, down in zip(keep[0::2], downs)]
+        keep[0::2] = [
+            kept and down is not None for kept, down in zip(keep[0::2], downs, strict=True)
+        ]
         ys, ts, zs = fwd(_to(x, options.compute), *_columns(tensors, options), keep, options.impl)
         ctx.options, ctx.keep, ctx.needs, ctx.x_dtype = options, keep, needs, x.dtype
         ctx.save_for_backward(x if keep_x else None, *ts, *zs, *tensors)
@@ -171,16 +177,16 @@ class _GroupedLinear(torch.autograd.Function):
             options.impl,
         )  # fmt: skip
         shown: list[Tensor | None] = []
+        layers = _by_layer(tensors, len(TENSORS))
         for layer, found, need in zip(
-            _by_layer(tensors, len(TENSORS)),
-            _by_layer(grads),
-            _by_layer(ctx.needs[1:]),
-            strict=True,
+            layers, _by_layer(grads), _by_layer(ctx.needs[1:]), strict=True
         ):
-            trained = zip(layer[1:-1], found, need, strict=True)
+            shown.append(None)  # of the weight; the seed's comes last
             shown += [
-                None, *(g.to(tensor.dtype) if wanted else None for tensor, g, wanted in trained), None
-            ]  # fmt: skip
+                g.to(t.dtype) if n else None
+                for t, g, n in zip(layer[1:-1], found, need, strict=True)
+            ]
+            shown.append(None)
         return None, d_x.to(ctx.x_dtype) if ctx.needs[0] else None, *shown
 
 
@@ -221,7 +227,7 @@ def decomposed_linears(
     ys: dict[int, Tensor] = {}
     if joined:
         options = _Options(
-            *(tuple(given[n][name] for n in joined) for name in OPTIONS),
+            **{f"{name}s": tuple(given[n][name] for n in joined) for name in OPTIONS},
             compute=autocast_dtype(x),
             impl=impl,
         )
@@ -252,9 +258,10 @@ def _checked(x: Tensor, number: int, layer: Mapping[str, Any]) -> dict[str, Any]
     full = {**dict.fromkeys(TENSORS), **OPTIONS, **layer}
     try:
         check_arguments(
-            x, *(full[name] for name in TENSORS[:-1]), full.get("addend"), full["activation"],
-            full["dropout"],
-        )  # fmt: skip
+            x,
+            addend=full.get("addend"),
+            **{name: full[name] for name in (*TENSORS[:-1], "activation", "dropout")},
+        )
     except (TypeError, ValueError) as error:
         raise type(error)(f"layers[{number}]: {error}") from None
     if threshold(full["dropout"]) == 0 or full["down"] is None:

@@ -7,7 +7,6 @@ as a whole.  No N x K tensor is made, and the gradient of a column scale is a su
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from decomp_kernels import dispatch

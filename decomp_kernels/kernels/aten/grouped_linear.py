@@ -21,7 +21,7 @@ def forward(
     x: Tensor, layers: Sequence[Layer]
 ) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
     x = composition.contiguous(x)
-    found = []
+    found: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     for layer, t in zip(layers, _projections(x, layers), strict=True):
         bias, up = layer.bias, layer.up
         start = None if bias is None or layer.out_scale is not None else bias.to(x.dtype)

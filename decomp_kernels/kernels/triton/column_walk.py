@@ -6,8 +6,8 @@
                     p = sum_m big * other       [N]        other [M, N]
                     scaled = other * scale      [M, N]     scale [N]
 
-Over dY this gives dH, dB, dbias and d_out_scale; over x, with dX for ``other``, it gives dA of every
-adapter that shares x, each with its own mask in registers, d_in_scale and dx
+Over dY this gives dH, dB, dbias and d_out_scale; over x, with dX for ``other``, dA of every adapter
+that shares x, each with its own mask in registers, d_in_scale and dx
 (reference/decomposed_linear.py).
 
 One program owns BLOCK_N columns, BLOCK_R of the rank and a share of the rows.  c, s and p stay in
@@ -31,7 +31,7 @@ from decomp_kernels.reference.dropout import threshold
 
 
 class Left(NamedTuple):
-    """A left factor [M, r], and the mask of its product; nothing is divided by the kept fraction."""
+    """A left factor [M, r] and its mask; nothing is divided by the kept fraction."""
 
     left: Tensor
     seed: Tensor | None = None
@@ -39,7 +39,7 @@ class Left(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """The results of the module's formulas, float32 but for ``scaled``; None where not asked for."""
+    """What the module's formulas give, float32 but for ``scaled``; None where not asked for."""
 
     u: Tensor | None
     c: tuple[Tensor, ...]
@@ -74,8 +74,9 @@ def _kernel(
     seeds = ()
     sums = ()
     for i in tl.static_range(COUNT):
-        seeds = seeds + (0 if branches[i].seed is None else tl.load(branches[i].seed),)
-        sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)
+        seed = 0 if branches[i].seed is None else tl.load(branches[i].seed)
+        seeds = seeds + (seed,)  # type: ignore[assignment]
+        sums = sums + (tl.zeros((BLOCK_R, BLOCK_N), tl.float32),)  # type: ignore[assignment]
     s = tl.zeros((BLOCK_N,), tl.float32)
     p = tl.zeros((BLOCK_N,), tl.float32)
     if u_ptr is not None:
@@ -103,7 +104,7 @@ def _kernel(
                 b.left + rows[None, :] * b.R + ranks[:, None],
                 mask=(ranks < b.R)[:, None] & in_rows[None, :], other=0.0,
             )  # fmt: skip
-            added = added + (dot(left, kept_big, sums[i]),)
+            added = added + (dot(left, kept_big, sums[i]),)  # type: ignore[assignment]
         sums = added
         if u_ptr is not None:
             u = dot(big, right, tl.zeros((BLOCK_M, BLOCK_R), tl.float32))

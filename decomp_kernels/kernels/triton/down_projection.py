@@ -1,4 +1,4 @@
-"""Down projections of one x in one pass over it:  t = drop(x * in_scale) A^T,  v = phi(t) * core * s
+"""Down projections of one x in one pass:  t = drop(x * in_scale) A^T,  v = phi(t) * core * s
 
 One adapter, or several that share x (q, k and v), each with its own rank, mask and scales.  One
 program owns BLOCK_M rows, BLOCK_R of every adapter's rank and a share of K.  A tile of x is loaded
@@ -67,8 +67,9 @@ def _kernel(
     seeds = ()
     accs = ()
     for i in tl.static_range(COUNT):
-        seeds = seeds + (0 if branches[i].seed is None else tl.load(branches[i].seed),)
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)
+        seed = 0 if branches[i].seed is None else tl.load(branches[i].seed)
+        seeds = seeds + (seed,)  # type: ignore[assignment]
+        accs = accs + (tl.zeros((BLOCK_M, BLOCK_R), tl.float32),)  # type: ignore[assignment]
     for start in range(share * k_share, min((share + 1) * k_share, K), BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         inside = cols < K
@@ -90,7 +91,7 @@ def _kernel(
             if b.in_scale is not None:  # on the small operand, as the composition does: x stays
                 scale = tl.load(b.in_scale + cols, mask=inside, other=0.0).to(tl.float32)
                 down = narrow(down * scale[:, None], b.down.dtype.element_ty)
-            added = added + (dot(kept_x, down, accs[i]),)
+            added = added + (dot(kept_x, down, accs[i]),)  # type: ignore[assignment]
         accs = added
     for i in tl.static_range(COUNT):
         b = branches[i]

@@ -42,7 +42,7 @@ def forward(
     adapters = [_adapter(layer) for layer in branches.values()]
     projected = down_projections(x, adapters) if adapters else []
     at: dict[int, Any] = dict(zip(branches, projected, strict=True))
-    found = []
+    found: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
     for i, layer in enumerate(layers):
         t, v = at.get(i, (None, None))
         start = None if layer.bias is None or layer.out_scale is not None else layer.bias

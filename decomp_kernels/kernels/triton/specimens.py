@@ -21,7 +21,7 @@ DTYPES = {
 class Specimen:
     """types: run-time arguments, "*bf16", "i32", "fp32".  constants: all others, by name.
 
-    A type may be a tuple, also of named tuples, of the types of its parts, None where one is absent.
+    A type may be a tuple of its parts' types, named or not, with None where one is absent.
     unit: arguments that are 1, as the launcher makes constants of them.
     """
 

@@ -1,8 +1,8 @@
 """Expansion of rank-r rows in one write:  out = sum_i undrop_i(v_i small_i) + bias + addend
 
 With dropout these are the branches' parts of dX (small = A), each with its own mask; without, a
-branch's part of z (small = B^T), on top of what z starts from.  The kept fraction is the caller's to
-divide by.  One program owns one tile of ``out`` and walks each rank in blocks; masks and sums are
+branch's part of z (small = B^T), on top of what z starts from.  The caller divides by the kept
+fraction.  One program owns one tile of ``out`` and walks each rank in blocks; masks and sums are
 in registers.
 
     v: (M, r)    small: (r, C), any strides    bias: (C,)    addend: (M, C)    out: (M, C)
