@@ -62,6 +62,12 @@ def test_more_than_one_launch_takes():
         checks.walk_columns(dtype, 3, (7, 33), count=5)
 
 
+def test_more_rows_than_a_block_for_each_share():
+    for dtype in ("bf16", "bf16-fp32"):
+        checks.column_walk(dtype, 3, (300, 20), True)
+        checks.walk_columns(dtype, 3, (300, 20))
+
+
 def test_activations():
     checks.activations()
 

@@ -84,7 +84,7 @@ def down_projections(dtype, r, shape, keep_t=True, count=3):
             tensor(K, dtype=torch.float32, seed=10 + i) if i in (0, 3) else None,
             torch.tensor(SEED + i, device=DEVICE) if p else None,
             p,
-            tensor(rank, dtype=torch.float32, seed=20 + i) if i in (0, 2) else None,
+            tensor(rank, dtype=torch.float32, seed=20 + i) if i in (0, 4) else None,
             scale,
             activation,
         )

@@ -151,7 +151,8 @@ def run(check: str) -> None:
             elif check == "downs":
                 checks.down_projections(dtype, r, shape)
             elif check == "walks":
-                checks.walk_columns(dtype, r, shape)
+                checks.walk_columns(dtype, 3, (300, 20))  # more rows than a block for each share
+                checks.walk_columns(dtype, 20, (7, 20))  # more than one block of ranks
             elif check == "ups":
                 checks.up_expansions(dtype, r, shape, count=5)
             elif check == "phi":
