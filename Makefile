@@ -68,7 +68,7 @@ ifeq ($(strip $(VENV)),)
 check-oldest-triton:
 	@echo 'check-oldest-triton is left out: VENV= installs nothing'
 else
-OLDEST := $(VENV)/triton-$(OLDEST_TRITON)-numpy-$(OLDEST_NUMPY)
+OLDEST := $(abspath $(VENV))/triton-$(OLDEST_TRITON)-numpy-$(OLDEST_NUMPY)
 check-oldest-triton: $(DEV_READY) $(OLDEST)/installed.stamp
 	PYTHONPATH=$(OLDEST) $(PY) -c 'import numpy, triton; \
 	found = triton.__version__, numpy.__version__; \
