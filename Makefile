@@ -1,7 +1,8 @@
 # make demo        set up, then fine-tune a real encoder with several methods       (results: runs/demo)
 # make test        set up for development, then the test suite
 # make check       lint, format, types, generated documents, wheel and sdist
-# make check-all   make check, and every test including the full grids
+# make check-all   make check, every test including the full grids, and every Triton kernel compiled for every
+#                  architecture, with the pinned Triton and with the oldest that is supported
 # make bench       time and memory of every method beside PEFT's                    (results: benchmarks/results/cpu)
 # make gpu-check   what only a GPU can show: the kernels on it, tiles, times        (results: benchmarks/results/<gpu>)
 #                  GPU_CHECK_ARGS="--full --stage bench", or --dry where there is none
@@ -19,8 +20,12 @@ BENCH_ARGS ?=
 GPU_CHECK_ARGS ?=
 BENCH_RESULTS ?= benchmarks/results/cpu
 
+# The oldest Triton that is supported, and the newest NumPy that its interpreter works with.
+OLDEST_TRITON := 3.6.0
+OLDEST_NUMPY := 2.3.5
+
 .DELETE_ON_ERROR:
-.PHONY: demo test check check-all bench gpu-check docs clean setup-demo setup-dev
+.PHONY: demo test check check-all check-oldest-triton bench gpu-check docs clean setup-demo setup-dev
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -55,6 +60,30 @@ check: $(DEV_READY)
 
 check-all: check
 	$(PYTEST) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
+	$(ONE_THREAD) $(PY) -m decomp_kernels.cli.main inspect --all
+	$(MAKE) check-oldest-triton
+
+TRITON_TESTS ?= $(wildcard tests/test_triton_*.py) tests/test_grouped_linear.py
+INSPECT_ARGS ?= --all
+
+# Both stand in a folder of their own, which comes before the environment's.
+ifeq ($(strip $(VENV)),)
+check-oldest-triton:
+	@echo 'check-oldest-triton is left out: VENV= installs nothing'
+else
+OLDEST := $(abspath $(VENV))/triton-$(OLDEST_TRITON)-numpy-$(OLDEST_NUMPY)
+check-oldest-triton: $(DEV_READY) $(OLDEST)/installed.stamp
+	PYTHONPATH=$(OLDEST) $(PY) -c 'import numpy, triton; \
+	found = triton.__version__, numpy.__version__; \
+	exit(found != ("$(OLDEST_TRITON)", "$(OLDEST_NUMPY)") and f"not the versions that were asked for: {found}")'
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(TRITON_TESTS) $(PYTEST_ARGS)
+	PYTHONPATH=$(OLDEST) $(ONE_THREAD) $(PY) -m decomp_kernels.cli.main inspect $(INSPECT_ARGS)
+
+$(OLDEST)/installed.stamp: | $(DEV_READY)
+	rm -rf $(OLDEST)
+	$(PY) -m pip install --quiet --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON) numpy==$(OLDEST_NUMPY)
+	@touch $@
+endif
 
 bench: $(DEV_READY)
 	$(PY) -m decomp_kernels.cli.main bench layer $(BENCH_ARGS) \

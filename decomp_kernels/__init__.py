@@ -21,6 +21,7 @@ from decomp_kernels.model import (
     unmerge,
 )
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
+from decomp_kernels.ops.grouped_linear import decomposed_linears
 from decomp_kernels.optimizer import decay_to_one, param_groups
 
 __version__ = "0.1.0"

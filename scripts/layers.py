@@ -47,6 +47,6 @@ PEERS = {
 
 # The library calls that every implementation is made of; other kernel files stay apart, but for the
 # files of kernels/triton among themselves: a composition there is made of their kernels.
-SHARED_KERNELS = {"gemm", "columns", "mask"}
+SHARED_KERNELS = {"gemm", "columns", "mask", "composition"}
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

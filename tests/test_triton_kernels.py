@@ -21,6 +21,11 @@ grid = pytest.mark.parametrize(
     list(itertools.product(checks.DTYPES, checks.RANKS, checks.SHAPES)),
     ids=str,
 )
+half = pytest.mark.parametrize(  # of the cells: every dtype with three ranks, every rank
+    ("dtype", "r", "number"),
+    [(*cell, n) for n, cell in enumerate(CELLS) if (n + n // 6) % 2],
+    ids=["-".join(map(str, cell)) for n, cell in enumerate(CELLS) if (n + n // 6) % 2],
+)
 BOTH = (False, True)
 
 
@@ -45,14 +50,46 @@ def test_down_projection(dtype, r, number):
     checks.down_projection(dtype, r, shape_of(number), option(number), number % 3 > 0)
 
 
+@half
+def test_down_projections_of_one_x(dtype, r, number):
+    checks.down_projections(dtype, r, shape_of(number), option(number))
+
+
+def test_more_than_one_launch_takes():
+    for dtype in ("bf16", "bf16-fp32"):
+        checks.down_projections(dtype, 3, (7, 33), count=5)
+        checks.up_expansions(dtype, 3, (7, 33), count=5)
+        checks.walk_columns(dtype, 3, (7, 33), count=5)
+
+
+def test_more_rows_than_a_block_for_each_share():
+    for dtype in ("bf16", "bf16-fp32"):
+        checks.column_walk(dtype, 3, (300, 20), True)
+        checks.walk_columns(dtype, 3, (300, 20))
+
+
+def test_activations():
+    checks.activations()
+
+
 @cells
 def test_up_expansion(dtype, r, number):
     checks.up_expansion(dtype, r, shape_of(number), not option(number), option(number))
 
 
+@half
+def test_up_expansions_of_one_sum(dtype, r, number):
+    checks.up_expansions(dtype, r, shape_of(number))
+
+
 @cells
 def test_column_walk(dtype, r, number):
     checks.column_walk(dtype, r, shape_of(number), option(number))
+
+
+@half
+def test_column_walk_for_several(dtype, r, number):
+    checks.walk_columns(dtype, r, shape_of(number))
 
 
 @cells
@@ -68,6 +105,9 @@ def test_the_whole_grid(dtype, r, shape):
         checks.up_expansion(dtype, r, shape, one, other and not one)
     for dropping in BOTH:
         checks.column_walk(dtype, r, shape, dropping)
+    checks.down_projections(dtype, r, shape)
+    checks.up_expansions(dtype, r, shape)
+    checks.walk_columns(dtype, r, shape)
     checks.row_norm(dtype, r, shape)
 
 
@@ -110,6 +150,33 @@ def test_no_rows():
     assert u.shape == (0, 3)
     assert c.shape == (3, 12) and not c.any()
     assert s.shape == p.shape == (12,) and not s.any() and not p.any()
+    for t, v in down_projection.down_projections(
+        empty, [down_projection.Adapter(small, scale=0.5)] * 2
+    ):
+        assert t.shape == v.shape == (0, 3)
+    walked = column_walk.walk_columns(
+        empty, [column_walk.Left(left)] * 2, other=empty, scale=torch.ones(12)
+    )
+    assert walked.scaled.shape == (0, 12)
+    assert all(c.shape == (3, 12) and not c.any() for c in walked.c)
+
+
+def test_same_inputs_same_bits():
+    for M in (5, 70):  # with K in shares, and without
+        x, down = torch.randn(M, 150).bfloat16(), torch.randn(9, 150)
+        seed = torch.tensor(checks.SEED)
+        given = [down_projection.Adapter(down, None, seed, 0.2, activation="gelu")] * 2
+        lefts = [column_walk.Left(torch.randn(M, 9), seed, 0.2)] * 2
+        options = {"other": x, "scale": down[0], "column_sum": True, "right": down.T}
+        first, second = (
+            (
+                *(v for _, v in down_projection.down_projections(x, given)),
+                *(walked := column_walk.walk_columns(x, lefts, **options)).c,
+                *(walked.u, walked.s, walked.p, walked.scaled),
+            )
+            for _ in range(2)
+        )
+        assert all(torch.equal(*pair) for pair in zip(first, second, strict=True))
 
 
 def test_rows_that_are_not_neighbours_are_read_in_place():

@@ -12,6 +12,7 @@ import torch
 if not torch.cuda.is_available():  # before triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from decomp_kernels.reference.decomposed_linear import activate
 from decomp_kernels.reference.dropout import keep_mask, kept_fraction
 from decomp_kernels.testing import assert_as_good_as, relative_error
 
@@ -39,8 +40,8 @@ def tensor(*size, dtype, seed):
     return torch.randn(size, generator=gen, dtype=torch.float64).to(dtype).to(DEVICE)
 
 
-def mask(rows, cols):
-    return keep_mask(torch.tensor(SEED), (rows, cols), DROPOUT).to(DEVICE)
+def mask(rows, cols, seed=SEED, dropout=DROPOUT):
+    return keep_mask(torch.tensor(seed), (rows, cols), dropout).to(DEVICE)
 
 
 def agree(actual, eager, exact, name, single):
@@ -71,6 +72,68 @@ def down_projection(dtype, r, shape, scaled, dropping):
     agree(t, formula(x.to(adapter), A), exact, "t", adapter == torch.float32)
 
 
+def down_projections(dtype, r, shape, keep_t=True, count=3):
+    """Adapters on one x, each with its own rank, mask, scales and phi."""
+    base, adapter = DTYPES[dtype]
+    M, K = shape
+    x = tensor(M, K, dtype=base, seed=1)
+    of = kernel("down_projection").Adapter
+    given = [
+        of(
+            tensor(rank, K, dtype=adapter, seed=2 + i),
+            tensor(K, dtype=torch.float32, seed=10 + i) if i in (0, 3) else None,
+            torch.tensor(SEED + i, device=DEVICE) if p else None,
+            p,
+            tensor(rank, dtype=torch.float32, seed=20 + i) if i in (0, 4) else None,
+            scale,
+            activation,
+        )
+        for i, (rank, p, scale, activation) in enumerate(
+            (
+                (r, DROPOUT, 0.7, "gelu"),
+                (5, 0.5, 1.0, "identity"),
+                (max(1, r // 2), 0.0, 1.3, "tanh"),
+                (1, DROPOUT, 1.0, "relu"),
+                (3, 0.0, 2.0, "silu"),
+            )[:count]
+        )
+    ]
+    found = kernel("down_projection").down_projections(x, given, keep_t=keep_t)
+
+    def formula(one, x, A):
+        A = A if one.in_scale is None else A * one.in_scale.to(A.dtype)
+        if one.dropout:
+            x = x * mask(M, K, int(one.seed), one.dropout) / kept_fraction(one.dropout)
+        t = x @ A.T
+        v = activate(t, one.activation) * one.scale
+        return t, v if one.core is None else v * one.core.to(t.dtype)
+
+    for one, pair in zip(given, found, strict=True):
+        exact = formula(one, x.double(), one.down.double())
+        eager = formula(one, x.to(adapter), one.down)
+        assert (pair[0] is pair[1]) == (one is given[1])
+        assert keep_t or one is given[1] or pair[0] is None
+        for name, actual, *both in zip("tv", pair, eager, exact, strict=True):
+            if actual is not None:
+                assert actual.dtype == adapter
+                agree(actual, *both, f"{name} {one.activation}", adapter == torch.float32)
+
+
+def activations():
+    """phi to float32's precision, of arguments of every size."""
+    from decomp_kernels.factors import ACTIVATIONS
+
+    for lowest in (1e-8, 1e-5, 1e-2, 0.3, 1.0, 3.0):
+        t = torch.linspace(lowest, 3 * lowest, 50, device=DEVICE)
+        t = torch.stack((t, -t), 1)
+        eye = torch.eye(2, device=DEVICE)
+        for kind in ACTIVATIONS:
+            of = kernel("down_projection").Adapter(eye, activation=kind)
+            ((_, v),) = kernel("down_projection").down_projections(t, [of])
+            exact = activate(t.double(), kind)
+            assert_as_good_as(v, activate(t, kind), exact, f"{kind} from {lowest}")
+
+
 def up_expansion(dtype, r, shape, started, dropping):
     base, adapter = DTYPES[dtype]
     M, C = shape
@@ -98,6 +161,33 @@ def up_expansion(dtype, r, shape, started, dropping):
         assert torch.equal(out != 0, kept), "dropped elements are zero and no others"
 
 
+def up_expansions(dtype, r, shape, count=3):
+    """Branches of one sum, each with its own rank and mask."""
+    base, adapter = DTYPES[dtype]
+    M, C = shape
+    kinds = ((r, DROPOUT), (5, 0.0), (max(1, r // 2), 0.5), (1, 0.0), (3, DROPOUT))[:count]
+    given = [
+        kernel("up_expansion").Expansion(
+            tensor(M, rank, dtype=adapter, seed=2 * i),
+            tensor(rank, C, dtype=adapter, seed=2 * i + 1),
+            torch.tensor(SEED + i, device=DEVICE) if p else None,
+            p,
+        )
+        for i, (rank, p) in enumerate(kinds)
+    ]
+    bias = tensor(C, dtype=base, seed=20)
+    out = kernel("up_expansion").up_expansions(given, base, bias=bias)
+
+    def formula(dtype):
+        total = bias.to(dtype)
+        for one in given:
+            kept = mask(M, C, int(one.seed), one.dropout) if one.dropout else 1.0
+            total = total + one.v.to(dtype) @ one.small.to(dtype) * kept
+        return total
+
+    agree(out, formula(adapter).to(base), formula(torch.float64), "out", base == torch.float32)
+
+
 def split_products():
     """Float32 adapters in front of a bf16 result lose nothing but that result's rounding."""
     r, M, C = 24, 70, 130
@@ -119,16 +209,43 @@ def column_walk(dtype, r, shape, dropping):
         seed=torch.tensor(SEED, device=DEVICE) if dropping else None,
         dropout=DROPOUT if dropping else 0.0,
     )  # fmt: skip
-    wide = big.double() if kept is None else big.double() * kept
+    wide = big.double()
     exact = (
         wide @ right.double(),
-        left.double().T @ wide,
+        left.double().T @ (wide if kept is None else wide * kept),
         wide.sum(0),
         (wide * other.double()).sum(0),
     )
     for name, actual, truth in zip("ucsp", found, exact, strict=True):
         assert actual.dtype == torch.float32
         agree(actual, None, truth, name, single=True)
+
+
+def walk_columns(dtype, r, shape, count=3):
+    """Left factors, each with its own rank and mask; another tensor, summed and scaled."""
+    base, adapter = DTYPES[dtype]
+    M, N = shape
+    big, other = tensor(M, N, dtype=base, seed=1), tensor(M, N, dtype=base, seed=2)
+    scale = tensor(N, dtype=torch.float32, seed=3)
+    lefts = [
+        kernel("column_walk").Left(
+            tensor(M, rank, dtype=adapter, seed=10 + i),
+            torch.tensor(SEED + i, device=DEVICE) if p else None,
+            p,
+        )
+        for i, (rank, p) in enumerate(
+            ((r, DROPOUT), (5, 0.0), (max(1, r // 2), 0.5), (1, DROPOUT), (3, 0.5))[:count]
+        )
+    ]
+    found = kernel("column_walk").walk_columns(big, lefts, other=other, scale=scale)
+    assert found.u is None and found.s is None
+    agree(found.p, None, (big.double() * other.double()).sum(0), "p", single=True)
+    exact, eager = other.double() * scale.double(), (other.float() * scale).to(base)
+    assert found.scaled.dtype == base
+    agree(found.scaled, eager, exact, "scaled", base == torch.float32)
+    for c, one in zip(found.c, lefts, strict=True):
+        kept = mask(M, N, int(one.seed), one.dropout) if one.dropout else 1.0
+        agree(c, None, one.left.double().T @ (big.double() * kept), "c", single=True)
 
 
 def row_norm(dtype, r, shape):

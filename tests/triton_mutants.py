@@ -28,23 +28,41 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = [
-    Mutant("down_projection", "1 % in the sum", "narrow(acc * after,",
-           "narrow(acc * after * 1.01,", "down"),
+    Mutant("down_projection", "1 % in the sum", "narrow(acc * b.after,",
+           "narrow(acc * b.after * 1.01,", "down"),
     Mutant("down_projection", "no limit on K", "inside = cols < K", "inside = cols >= 0", "down"),
     Mutant("down_projection", "no mask", "tl.where(kept, x, 0.0)", "tl.where(kept, x, x)", "down"),
-    Mutant("down_projection", "mask of column 0", "keep_mask(seed, rows, start, K",
-           "keep_mask(seed, rows, 0 * start, K", "down"),
-    Mutant("down_projection", "not divided by the kept fraction", "1.0 / kept_fraction(dropout) if",
-           "1.0 if", "down"),
+    Mutant("down_projection", "mask of column 0", "keep_mask(seeds[i], rows, start, K",
+           "keep_mask(seeds[i], rows, 0 * start, K", "down"),
+    Mutant("down_projection", "not divided by the kept fraction",
+           "1.0 / kept_fraction(adapter.dropout) if", "1.0 if", "down"),
     Mutant("down_projection", "in_scale left out", "down * scale[:, None]", "down * 1.0", "down"),
-    Mutant("down_projection", "the last share left out", "t.sum(0)", "t[:-1].sum(0)", "down"),
+    Mutant("down_projection", "the last share left out", "in range(shares)",
+           "in range(shares - 1)", "down"),
+    Mutant("down_projection", "1 % in v", "v *= (core * b.scale)", "v *= (core * 1.01 * b.scale)",
+           "downs"),
+    Mutant("down_projection", "no scale without a core", "v *= b.scale", "v *= 1.0", "downs"),
+    Mutant("down_projection", "the first one's phi for all", "ranks, M, PHI[i])",
+           "ranks, M, PHI[0])", "downs"),
+    Mutant("down_projection", "the first one's seed for all", "keep_mask(seeds[i]",
+           "keep_mask(seeds[0]", "downs"),
+    Mutant("down_projection", "the first one's sum for all", "kept_x, down, accs[i]",
+           "kept_x, down, accs[0]", "downs"),
+    Mutant("down_projection", "the last one left out", "for adapter in some]",
+           "for adapter in (*some[:-1], some[0])]", "downs"),
     Mutant("up_expansion", "1 % in the bias", "acc += tl.load(bias_ptr",
            "acc += 1.01 * tl.load(bias_ptr", "up"),
-    Mutant("up_expansion", "no mask", "acc = tl.where(kept, acc, 0.0)", "acc = acc", "up"),
+    Mutant("up_expansion", "no mask", "tl.where(kept, part, 0.0)", "part", "up"),
     Mutant("up_expansion", "mask of column 0", "keep_mask(seed, rows, first_col",
            "keep_mask(seed, rows, 0 * first_col", "up"),
-    Mutant("up_expansion", "the first rank block alone", "range(0, R, BLOCK_R)",
-           "range(0, min(R, BLOCK_R), BLOCK_R)", "up"),
+    Mutant("up_expansion", "the first rank block alone", "range(0, b.R, BLOCK_R)",
+           "range(0, min(b.R, BLOCK_R), BLOCK_R)", "up"),
+    Mutant("up_expansion", "the first one's seed for all", "tl.load(branches[i].seed)",
+           "tl.load(branches[0].seed)", "ups"),
+    Mutant("up_expansion", "the last one alone", "acc += tl.where(kept, part, 0.0)",
+           "acc = tl.where(kept, part, 0.0)", "ups"),
+    Mutant("up_expansion", "the last launch alone", "bias, addend = None, out",
+           "bias, addend = None, None", "ups"),
     Mutant("column_walk", "1 % in u", "(BLOCK_M, BLOCK_R), tl.float32)",
            "(BLOCK_M, BLOCK_R), tl.float32) + 0.01", "walk"),
     Mutant("column_walk", "1 % in p", "p += tl.sum(", "p += 1.01 * tl.sum(", "walk"),
@@ -52,10 +70,20 @@ MUTANTS = [
            "min((share + 2) * m_share, M)", "walk"),
     Mutant("column_walk", "no mask", "tl.where(kept, big, 0.0)", "tl.where(kept, big, big)",
            "walk"),
-    Mutant("column_walk", "mask of column 0", "keep_mask(seed, rows, first_col",
-           "keep_mask(seed, rows, 0 * first_col", "walk"),
+    Mutant("column_walk", "mask of column 0", "keep_mask(seeds[i], rows, first_col",
+           "keep_mask(seeds[i], rows, 0 * first_col", "walk"),
     Mutant("column_walk", "the last share left out", "part.sum(0) for part in",
            "part[: max(1, len(part) - 1)].sum(0) for part in", "walk"),
+    Mutant("column_walk", "the last share of c left out", "branch.c.sum(0)",
+           "branch.c[: max(1, len(branch.c) - 1)].sum(0)", "walk"),
+    Mutant("column_walk", "the first one's seed for all", "keep_mask(seeds[i]",
+           "keep_mask(seeds[0]", "walks"),
+    Mutant("column_walk", "the first one's sum for all", "kept_big, sums[i]", "kept_big, sums[0]",
+           "walks"),
+    Mutant("column_walk", "1 % in scaled", "other * scale[None, :]",
+           "other * 1.01 * scale[None, :]", "walks"),
+    Mutant("column_walk", "half of the other rows", "tl.where(rank_block == 0, M, 0)",
+           "tl.where(rank_block == 0, M // 2, 0)", "walks"),
     Mutant("row_norm", "1 % in U", "2.0 * U", "2.02 * U", "norm"),
     Mutant("row_norm", "no limit on K", "in_cols = cols < K", "in_cols = cols < 2 * K", "norm"),
     Mutant("row_norm", "1 % in a gradient", "d_up = scale", "d_up = 1.01 * scale", "norm"),
@@ -64,6 +92,9 @@ MUTANTS = [
     Mutant("pieces", "counter off by one", "(index + 1)", "(index + 2)", "down"),
     Mutant("pieces", "another lane, unaligned", "16 * (index % 4)", "16 * (3 - index % 4)", "down"),
     Mutant("pieces", "threshold off by one", ">= threshold", "> threshold + 300", "down"),
+    Mutant("pieces", "cancelling tanh", "tl.abs(t) < 1.0", "tl.abs(t) < 0.0", "phi"),
+    Mutant("pieces", "1 % in silu", "1.0 + tl.exp(-t)", "1.01 + tl.exp(-t)", "phi"),
+    Mutant("pieces", "1 % in gelu", "t = 0.5 * t", "t = 0.505 * t", "phi"),
     Mutant("pieces", "no low part", "_dot(a_low, b_high, _dot(a_high, b_low, acc))", "acc",
            "split"),
     Mutant("pieces", "no middle part", "_dot(middle, b, _dot(high, b, acc))", "_dot(high, b, acc)",
@@ -117,6 +148,15 @@ def run(check: str) -> None:
         for dtype, shape, r in (("fp32", (20, 131), 20), ("bf16-fp32", (70, 132), 70)):
             if check == "down":
                 checks.down_projection(dtype, r, shape, True, dropping)
+            elif check == "downs":
+                checks.down_projections(dtype, r, shape)
+            elif check == "walks":
+                checks.walk_columns(dtype, 3, (300, 20))  # more rows than a block for each share
+                checks.walk_columns(dtype, 20, (7, 20))  # more than one block of ranks
+            elif check == "ups":
+                checks.up_expansions(dtype, r, shape, count=5)
+            elif check == "phi":
+                checks.activations()
             elif check == "up":
                 checks.up_expansion(dtype, r, shape, not dropping, dropping)
             elif check == "walk":

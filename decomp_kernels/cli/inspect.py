@@ -186,7 +186,7 @@ def _examined(specimen: Any, entry: dict[str, Any], arch: str) -> dict[str, Any]
 
 def _declared(specimen: Any, entry: dict[str, Any], arch: str) -> str | None:
     """The matrix instruction that bf16 products must run on."""
-    if not specimen.name.startswith("bf16"):
+    if not specimen.name.startswith("bf16") or not specimen.multiplies:
         return None
     if arch.startswith("gfx"):
         return "mfma"
@@ -200,19 +200,47 @@ def _compile(specimen: Any, arch: str) -> Any:
 
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for place, name in enumerate(specimen.kernel.arg_names):
-        if name in specimen.constants or name in specimen.unit:
-            signature[name] = "constexpr"
-            constants[(place,)] = 1 if name in specimen.unit else specimen.constants[name]
-            continue
-        signature[name] = specimen.types[name]
-        if specimen.aligned and (signature[name][0] == "*" or name in specimen.sizes):
-            attributes[(place,)] = [["tt.divisibility", 16]]
+        if name in specimen.constants:
+            signature[name], constants[(place,)] = "constexpr", specimen.constants[name]
+        else:
+            value = specimen.types[name]
+            signature[name] = _typed(specimen, name, value, (place,), constants, attributes)
     source = ASTSource(
         fn=specimen.kernel, signature=signature, constexprs=constants, attrs=attributes
     )
     return triton.compile(source, target=target, options=specimen.options)
+
+
+def _typed(
+    specimen: Any,
+    name: str,
+    value: Any,
+    path: tuple[int, ...],
+    constants: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+) -> Any:
+    """The type of one argument, or of one part of a tuple; what the launcher knows of it is added
+    to ``constants`` and ``attributes``.
+    """
+    from decomp_kernels.kernels.triton.specimens import is_size
+
+    if isinstance(value, tuple):
+        names = getattr(value, "_fields", (name,) * len(value))
+        parts = [
+            _typed(specimen, part, kind, (*path, place), constants, attributes)
+            for place, (part, kind) in enumerate(zip(names, value, strict=True))
+        ]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if value is None or name in specimen.unit:
+        constants[path] = None if value is None else 1
+        return "constexpr"
+    if specimen.aligned and (value[0] == "*" or is_size(name)):
+        attributes[path] = [["tt.divisibility", 16]]
+    return value
 
 
 def _resources(compiled: Any, arch: str) -> tuple[int, int]:
@@ -244,7 +272,7 @@ def narrow_offsets(ttir: str) -> list[str]:
     A tile's address is a chain of additions to a pointer.  Rows, whose offset may pass 2^31, add in
     64 bits; a column inside a row may add in 32.
     """
-    made: dict[str, str] = {}
+    made: dict[str, str] = {}  # a name may come again in another region: the latest is meant
 
     def widths(value: str) -> set[str]:
         text = made.get(value, "")
@@ -257,13 +285,14 @@ def narrow_offsets(ttir: str) -> list[str]:
         return set()
 
     found = []
-    for text in ttir.splitlines():  # in order: sibling blocks use the same names again
-        if defined := re.match(r"\s*(%[\w#-]+)(?::\d+)? = (.*)", text):
+    for text in ttir.splitlines():
+        touched = re.search(r"tt\.(?:load|store) .*", text)
+        if touched and re.search(r"tensor<\d+x\d+x!tt\.ptr", touched[0]):
+            address = re.findall(r"%[\w#-]+", touched[0])[0]
+            if "i64" not in widths(address):
+                found.append(touched[0].split(" loc")[0])
+        if defined := re.search(r"(%[\w#-]+)(?::\d+)? = (.*)", text):
             made[defined[1]] = defined[2]
-        if access := re.search(r"tt\.(?:load|store) .*", text):
-            address = re.findall(r"%[\w#-]+", access[0])[0]
-            if re.search(r"tensor<\d+x\d+x!tt\.ptr", text) and "i64" not in widths(address):
-                found.append(access[0].split(" loc")[0])
     return found
 
 

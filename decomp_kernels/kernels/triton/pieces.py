@@ -1,6 +1,6 @@
-"""Small device functions that the Triton kernels share: the dropout mask, products of any dtypes.
+"""Small device functions that the Triton kernels share: the mask, phi, products of any dtypes.
 
-Definition of the mask: reference/dropout.py.
+Definition of the mask: reference/dropout.py; of phi: reference/decomposed_linear.py.
 """
 
 import triton
@@ -40,6 +40,30 @@ def _mix64(z):
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
     return z ^ (z >> 31)
+
+
+@triton.jit
+def activate(t, PHI: tl.constexpr):
+    """phi(t), float32.  PHI: the activation's place in factors.ACTIVATIONS."""
+    if PHI == 1:  # a comparison lets NaN through
+        t = tl.where(t < 0.0, 0.0, t)
+    elif PHI == 2:
+        t = t / (1.0 + tl.exp(-t))
+    elif PHI == 3:
+        t = 0.5 * t * (1.0 + tl.erf(t * 0.7071067811865476))
+    elif PHI == 4:
+        t = _tanh(t)
+    return t
+
+
+@triton.jit
+def _tanh(t):
+    """Below 1 by Lambert's continued fraction, where 1 - 2 / (exp(2 t) + 1) would cancel."""
+    square = t * t
+    above = t * (135135.0 + square * (17325.0 + square * (378.0 + square)))
+    below = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(t)) + 1.0)
+    return tl.where(tl.abs(t) < 1.0, above / below, tl.where(t < 0.0, -far, far))
 
 
 @triton.jit

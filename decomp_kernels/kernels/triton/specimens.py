@@ -21,22 +21,24 @@ DTYPES = {
 class Specimen:
     """types: run-time arguments, "*bf16", "i32", "fp32".  constants: all others, by name.
 
+    A type may be a tuple of its parts' types, named or not, with None where one is absent.
     unit: arguments that are 1, as the launcher makes constants of them.  uses: sizes that an
-    entry's ``when`` may limit.
+    entry's ``when`` may limit.  multiplies: has matrix products.
     """
 
     name: str
     kernel: Any
-    types: dict[str, str]
+    types: dict[str, Any]
     constants: dict[str, Any]
     options: dict[str, int]
     aligned: bool = True  # pointers, sizes and strides are multiples of 16
     unit: tuple[str, ...] = ()
     uses: dict[str, int] = field(default_factory=dict)
+    multiplies: bool = True
 
-    @property
-    def sizes(self) -> list[str]:
-        return [name for name in self.types if name in "MNKCR" or name.startswith("stride")]
+
+def is_size(name: str) -> bool:
+    return name in "MNKCR" or name.startswith("stride")
 
 
 def launch_options(config: dict[str, Any]) -> dict[str, int]:
