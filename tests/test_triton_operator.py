@@ -333,8 +333,10 @@ from decomp_kernels import tables
 for kernel in KERNELS:
     module = import_module(f"decomp_kernels.kernels.triton.{kernel}")
     *_, specimen = module.specimens(tables.shipped(kernel)[0]["config"])
-    ones = tuple(name for name in specimen.types if name in ("M", "R", "N", "K", "C"))
-    constants = specimen.constants | ({"ALIGNED": False} if "seed_ptr" in specimen.types else {})
+    names = {*specimen.types, *(f for b in specimen.types.get("branches", ()) for f in b._fields)}
+    ones = sorted(names & {"M", "R", "N", "K", "C"})
+    odd = {"ALIGNED": False} if "ALIGNED" in specimen.constants else {}
+    constants = specimen.constants | odd
     _compile(replace(specimen, aligned=False, constants=constants), "sm_80")
     for unit in ones:
         _compile(replace(specimen, unit=(*specimen.unit, unit)), "sm_80")
