@@ -19,7 +19,7 @@ from typing import Any
 from decomp_kernels import dispatch
 from decomp_kernels.cli.errors import BadInput, CheckFailed, one_line
 
-KERNELS = ("down_projection", "up_expansion", "column_walk", "row_norm")
+KERNELS = ("down_projection", "up_expansion", "column_walk", "row_norm", "gram", "decode")
 # Shared memory that one program may have, bytes: CUDA programming guide, compute capabilities;
 # for gfx942 the local data share of a compute unit.
 LIMITS = {
@@ -80,7 +80,7 @@ def inspect(
             found = list(module.specimens(entry["config"]))
             specimens = [s for s in found if suits(entry, s.name.split()[0].endswith("fp32"))]
             if not everything:
-                specimens = [s for s in specimens if s.name.startswith("bf16")]
+                specimens = [s for s in specimens if s.name.startswith("bf16")] or specimens
                 first = specimens[0].name.split()[0]  # bf16, or bf16-fp32 where it is for float32
                 specimens = [s for s in specimens if s.name.split()[0] == first][-1:]
             for specimen in specimens:
@@ -183,23 +183,22 @@ def narrow_offsets(ttir: str) -> list[str]:
     A tile's address is a chain of additions to a pointer.  Rows, whose offset may pass 2^31, add in
     64 bits; a column inside a row may add in 32.
     """
-    made = dict(re.findall(r"(%[\w#-]+)(?::\d+)? = (.*)", ttir))
-
-    def widths(value: str) -> set[str]:
-        text = made.get(value, "")
-        operands = re.findall(r"%[\w#-]+", text)
-        if text.startswith("tt.addptr"):
-            wide = re.search(r"(i32|i64)>?(?: loc.*)?$", text.strip())
-            return widths(operands[0]) | ({wide[1]} if wide else set())
-        if text.startswith(("tt.splat", "tt.broadcast", "tt.expand_dims")):
-            return widths(operands[0])
-        return set()
-
+    widths: dict[str, set[str]] = {}  # of the offsets in each value's chain
     found = []
-    for text in re.findall(r"(tt\.(?:load|store) .*)", ttir):
-        address = re.findall(r"%[\w#-]+", text)[0]
-        if re.search(r"tensor<\d+x\d+x!tt\.ptr", text) and "i64" not in widths(address):
-            found.append(text.split(" loc")[0])
+    for text in ttir.splitlines():  # in order: names come again in blocks beside one another
+        name, operation = re.findall(r"^\s*(?:(%[\w#-]+)(?::\d+)? = )?(.*)", text)[0]
+        operands = re.findall(r"%[\w#-]+", operation)
+        known = widths.get(operands[0], set()) if operands else set()
+        if operation.startswith("tt.addptr"):
+            wide = re.search(r"(i32|i64)>?(?: loc.*)?$", operation.strip())
+            widths[name] = known | ({wide[1]} if wide else set())
+        elif operation.startswith(("tt.splat", "tt.broadcast", "tt.expand_dims")):
+            widths[name] = known
+        elif name:
+            widths[name] = set()
+        if operation.startswith(("tt.load", "tt.store")):
+            if re.search(r"tensor<\d+x\d+x!tt\.ptr", operation) and "i64" not in known:
+                found.append(operation.split(" loc")[0])
     return found
 
 
