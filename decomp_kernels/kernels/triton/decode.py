@@ -37,7 +37,7 @@ def _kernel(
     x_ptr, weight_ptr, down_ptr, up_ptr, core_ptr, in_scale_ptr, out_scale_ptr, bias_ptr,
     addend_ptr, z_part_ptr, t_part_ptr, arrived_ptr, y_ptr, t_ptr, z_ptr,
     M, N, K, R, splits, k_blocks, stride_x, stride_weight, stride_down, stride_up, scale,
-    ACTIVATION: tl.constexpr,
+    ACTIVATION: tl.constexpr, WARPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # Shares of one block of columns are neighbours: they end together.
@@ -81,8 +81,7 @@ def _kernel(
             both = in_rows[:, None] & (ranks < R)[None, :]
             tl.store(t_part_ptr + share * R + ranks[None, :], t, mask=both)
 
-    tl.debug_barrier()  # every thread has stored before one of them says so
-    if tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel") == splits - 1:
+    if _is_last(arrived_ptr + tile, splits, WARPS):
         tl.store(arrived_ptr + tile, 0)  # for the next launch
         z = _sum(z_part_ptr, place, inside, M * N.to(tl.int64), splits)
         if down_ptr is not None:
@@ -134,6 +133,20 @@ def _project(x, down_ptr, in_scale_ptr, first, ks, K, R, stride_down, t):
         by = tl.load(in_scale_ptr + ks, mask=ks < K, other=0.0).to(tl.float32)
         down = narrow(down * by[:, None], down_ptr.dtype.element_ty)
     return dot(x, down, t)
+
+
+@triton.jit
+def _is_last(arrived_ptr, programs, WARPS: tl.constexpr):
+    """Whether this program counts itself in last, after all its stores.
+
+    Every warp counts, since on AMD a barrier does not wait for the stores of the other warps.  A
+    warp has 32 lanes or 64; where it has 64 it counts twice.
+    """
+    lanes = tl.arange(0, 64 * WARPS)
+    counting = lanes % 32 == 0
+    tl.debug_barrier()
+    before = tl.atomic_add(arrived_ptr + 0 * lanes, 1, mask=counting, sem="acq_rel")
+    return tl.max(tl.where(counting, before, 0), 0) == 2 * WARPS * programs - 1
 
 
 @triton.jit
@@ -215,7 +228,7 @@ def decode(
             M, N, K, R, splits, triton.cdiv(blocks, splits),
             x.stride(0), weight.stride(0), 0 if down is None else down.stride(0),
             0 if up is None else up.stride(0), scale,
-            ACTIVATION=activation, **tiles(config), **launch_options(config),
+            ACTIVATION=activation, WARPS=config["num_warps"], **tiles(config), **launch_options(config),
         )  # fmt: skip
     return y, t, z
 
@@ -256,5 +269,6 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
             types |= {f"stride_{name}": "i32" for name in ("x", "weight", "down", "up")}
             types["scale"] = "fp32"
             constants: dict[str, Any] = {name: None for name, dtype in pointers.items() if not dtype}
-            constants |= {"ACTIVATION": "tanh" if terms == "all" else "identity", **tiles(config)}
+            constants |= {"ACTIVATION": "tanh" if terms == "all" else "identity"}
+            constants |= {"WARPS": config["num_warps"], **tiles(config)}
             yield Specimen(f"{dtypes} {terms}", _kernel, types, constants, launch_options(config))
