@@ -77,7 +77,7 @@ def _backward_kernel(
         return
     factor = 4.0 * scale * tl.load(d_loss_ptr)
     if not SQUARED:
-        norm = _norm(E_ptr, R * R.to(tl.int64), BLOCK_R * BLOCK_R)
+        norm = _norm(E_ptr, R * R.to(tl.int64), 4096)
         factor = tl.where(norm > 0.0, factor / (2.0 * norm), 0.0)
     # Rank blocks of one piece of L are neighbours: M comes from the level-2 cache after the first.
     first_rank, first = tile % blocks * BLOCK_R, tile // blocks * BLOCK_L
