@@ -1,4 +1,4 @@
-"""The kernel for at most 16 rows against float64, in the interpreter; its counters; planted bugs."""
+"""The kernel for few rows against float64, in the interpreter; its counters; planted bugs."""
 
 import itertools
 
@@ -24,8 +24,8 @@ term_sets = [
 
 @cells
 def test_every_dtype_and_rank(dtype, r, number):
-    """Each with one of the shapes; the largest rank with the small ones."""
-    shape = checks.SHAPES[number % 2 if r == 200 else number % 5]
+    """Each with one of the shapes; large ranks, slow in the interpreter, with the small ones."""
+    shape = checks.SHAPES[number % (5 if r < 64 else 2)]
     checks.decode(dtype, r, shape, activation=ACTIVATIONS[number % len(ACTIVATIONS)])
 
 
@@ -61,7 +61,7 @@ def test_float32_adapters_keep_float32_precision():
 
 
 def test_same_inputs_same_bits_and_counters_left_at_zero():
-    given = checks.make("bf16-fp32", 24, (7, 1100, 70))
+    given = checks.make("bf16", 20, (7, 600, 70))
     first = decode.decode(**given, scale=0.7, activation="silu")
     assert decode._arrived
     for _ in range(2):

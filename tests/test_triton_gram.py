@@ -87,17 +87,15 @@ def test_the_operator_differentiates(kind, squared):
     for impl, dtype in ((IMPL, None), ("aten", None), ("reference", torch.float64)):
         downs, ups = checks.make(torch.bfloat16, shapes)
         tensors = [M.to(dtype or M.dtype).requires_grad_() for M in (*downs, *ups)]
-        loss = gram_penalty(
-            tensors[:3], tensors[3:], kind, squared=squared, scale=0.3, impl=impl
-        )
+        loss = gram_penalty(tensors[:3], tensors[3:], kind, squared=squared, scale=0.3, impl=impl)
         found[impl] = (loss, *torch.autograd.grad(loss, tensors))
     for index, values in enumerate(zip(*found.values(), strict=True)):
         assert_as_good_as(*values, str(index))
 
 
-@options
+@pytest.mark.parametrize(("kind", "squared"), [("o", True), ("d", False)])
 def test_registration(kind, squared):
-    downs, ups = checks.make(torch.bfloat16, [(3, 12, 9), (3, 12, 9), (2, 5, 7)])
+    downs, ups = checks.make(torch.bfloat16, [(3, 12, 9), (2, 5, 7)])
     torch.library.opcheck(fwd, (downs, ups, kind, squared, 0.5, IMPL))
     loss, residuals = fwd(downs, ups, kind, squared, 0.5, IMPL)
     torch.library.opcheck(bwd, (loss, downs, ups, residuals, squared, 0.5, IMPL))

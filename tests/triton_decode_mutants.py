@@ -39,9 +39,9 @@ MUTANTS = [
            "terms"),
     Mutant(FILE, "v rounded to bf16", "z = dot_for(v, up, z,",
            "z = dot_for(narrow(v, tl.bfloat16), up.to(tl.bfloat16), z,", "precision"),
-    Mutant(FILE, "z rounded before the addend", "        if addend_ptr is not None:\n            z +=",
-           "        if addend_ptr is not None:\n            z = narrow(z, tl.bfloat16).to(tl.float32)"
-           "\n            z +=", "precision"),
+    Mutant(FILE, "z rounded before the addend", "            z += tl.load(addend_ptr",
+           "            z = narrow(z, tl.bfloat16).to(tl.float32) + tl.load(addend_ptr",
+           "precision"),
     Mutant(FILE, "a coarse gelu", "tl.erf(t * 0.7071067811865476)", "_tanh(t * 0.7978845608)",
            "activations"),
     Mutant(FILE, "tanh without its series", "q < 0.16", "q < 0.0", "activations"),

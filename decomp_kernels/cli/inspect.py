@@ -196,9 +196,9 @@ def narrow_offsets(ttir: str) -> list[str]:
             widths[name] = known
         elif name:
             widths[name] = set()
-        if operation.startswith(("tt.load", "tt.store")):
-            if re.search(r"tensor<\d+x\d+x!tt\.ptr", operation) and "i64" not in known:
-                found.append(operation.split(" loc")[0])
+        tile = re.match(r"tt\.(load|store) .*tensor<\d+x\d+x!tt\.ptr", operation)
+        if tile and "i64" not in known:
+            found.append(operation.split(" loc")[0])
     return found
 
 

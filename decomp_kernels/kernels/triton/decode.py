@@ -206,9 +206,10 @@ def decode(
     if M > ROWS:
         raise ValueError(f"decode takes at most {ROWS} rows, got {M}; use the other kernels")
     branch = down is not None and up is not None
-    x, weight, down, up = (
+    x, weight = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, weight))
+    down, up = (
         t if t is None or t.stride(-1) == 1 else t.contiguous()
-        for t in (x, weight, down if branch else None, up if branch else None)
+        for t in ((down, up) if branch else (None, None))
     )
     R = 1 if down is None else down.shape[0]
     config = configuration("decode", x.device, (weight if down is None else down).dtype, M=M, r=R)
@@ -228,7 +229,8 @@ def decode(
             M, N, K, R, splits, triton.cdiv(blocks, splits),
             x.stride(0), weight.stride(0), 0 if down is None else down.stride(0),
             0 if up is None else up.stride(0), scale,
-            ACTIVATION=activation, WARPS=config["num_warps"], **tiles(config), **launch_options(config),
+            ACTIVATION=activation, WARPS=config["num_warps"],
+            **tiles(config), **launch_options(config),
         )  # fmt: skip
     return y, t, z
 
@@ -268,7 +270,9 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
             types |= dict.fromkeys(("M", "N", "K", "R", "splits", "k_blocks"), "i32")
             types |= {f"stride_{name}": "i32" for name in ("x", "weight", "down", "up")}
             types["scale"] = "fp32"
-            constants: dict[str, Any] = {name: None for name, dtype in pointers.items() if not dtype}
+            constants: dict[str, Any] = {
+                name: None for name, dtype in pointers.items() if not dtype
+            }
             constants |= {"ACTIVATION": "tanh" if terms == "all" else "identity"}
             constants |= {"WARPS": config["num_warps"], **tiles(config)}
             yield Specimen(f"{dtypes} {terms}", _kernel, types, constants, launch_options(config))

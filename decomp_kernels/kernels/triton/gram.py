@@ -37,7 +37,9 @@ def _forward_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0) % most
     row_ptr = table_ptr + (tl.program_id(0) // most) * 8
-    M_ptr, E_ptr, _, R, L, stride, of_rows, identity = _matrix(row_ptr, ELEMENT, LONG_ALIGNED or RANK_ALIGNED)
+    M_ptr, E_ptr, _, R, L, stride, of_rows, identity = _matrix(
+        row_ptr, ELEMENT, LONG_ALIGNED or RANK_ALIGNED
+    )
     blocks = tl.cdiv(R, BLOCK_R)
     if tile >= blocks * blocks:
         return
@@ -71,7 +73,9 @@ def _backward_kernel(
 ):  # fmt: skip
     tile = tl.program_id(0) % most
     row_ptr = table_ptr + (tl.program_id(0) // most) * 8
-    M_ptr, E_ptr, d_ptr, R, L, stride, of_rows, _ = _matrix(row_ptr, ELEMENT, LONG_ALIGNED or RANK_ALIGNED)
+    M_ptr, E_ptr, d_ptr, R, L, stride, of_rows, _ = _matrix(
+        row_ptr, ELEMENT, LONG_ALIGNED or RANK_ALIGNED
+    )
     blocks = tl.cdiv(R, BLOCK_R)
     if tile >= blocks * tl.cdiv(L, BLOCK_L):
         return
