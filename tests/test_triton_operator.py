@@ -340,8 +340,8 @@ for kernel in KERNELS:
     _compile(replace(specimen, aligned=False, constants=constants), "sm_80")
     for unit in ones:
         _compile(replace(specimen, unit=(*specimen.unit, unit)), "sm_80")
-    for entry in entries(kernel):
-        if entry["arch"] == "sm_90" and entry["config"]["DESCRIPTORS"]:
+    for entry in tables.shipped(kernel):
+        if entry["arch"] == "sm_90" and entry["config"].get("DESCRIPTORS"):
             *_, specimen = module.specimens(entry["config"])
             _compile(replace(specimen, aligned=False, unit=("N", "R")), "sm_90")
     print(kernel)

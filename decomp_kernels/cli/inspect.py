@@ -28,6 +28,8 @@ KERNELS = (
     "row_norm",
     "fused_forward",
     "fused_input_gradient",
+    "decode",
+    "gram",
 )
 # Shared memory that one program may have, bytes: CUDA programming guide, compute capabilities;
 # for gfx942 the local data share of a compute unit.

@@ -12,6 +12,7 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import gram as aten
 from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import gram as reference
 from decomp_kernels.reference.gram import KINDS, groups, wide
@@ -31,14 +32,16 @@ torch.library.define(
 @torch.library.impl("decomp_kernels::gram_fwd", "CompositeExplicitAutograd")
 @outside_autocast
 def _fwd(downs, ups, kind, squared, scale, impl):
-    loss, residuals = _implementation(downs, impl).forward(downs, ups, kind, squared, scale)
+    chosen = _implementation((*downs, *ups), impl)
+    loss, residuals = chosen.forward(downs, ups, kind, squared, scale)
     return loss.to(_loss_dtype(downs, ups)), residuals
 
 
 @torch.library.impl("decomp_kernels::gram_bwd", "CompositeExplicitAutograd")
 @outside_autocast
 def _bwd(d_loss, downs, ups, residuals, squared, scale, impl):
-    return _implementation(downs, impl).backward(d_loss, downs, ups, residuals, squared, scale)
+    chosen = _implementation((*downs, *ups), impl)
+    return chosen.backward(d_loss, downs, ups, residuals, squared, scale)
 
 
 @torch.library.register_fake("decomp_kernels::gram_fwd")
@@ -61,8 +64,9 @@ def _bwd_fake(d_loss, downs, ups, residuals, squared, scale, impl):
     ]
 
 
-def _implementation(downs: Sequence[Tensor], impl: str):
-    return reference if dispatch.choose(downs[0], impl) == "reference" else aten
+def _implementation(matrices: Sequence[Tensor], impl: str):
+    double = (matrix for matrix in matrices if matrix.dtype == torch.float64)
+    return implementation(next(double, matrices[0]), impl, reference, aten, "gram")
 
 
 def _loss_dtype(downs: Sequence[Tensor], ups: Sequence[Tensor]) -> torch.dtype:
