@@ -265,12 +265,12 @@ def row_norm(dtype, r, shape):
         agree(actual, None, true, name, single=True)
 
 
-def operator(dtype, dropping, impl="triton:passes"):
+def operator(dtype, dropping, impl="triton:passes", rows=37):
     """Forward and every gradient through the composition, beside the library composition."""
     from decomp_kernels.ops.decomposed_linear import decomposed_linear
 
     base, adapter = DTYPES[dtype]
-    M, K, N, r = 37, 30, 41, 5
+    M, K, N, r = rows, 30, 41, 5
     sizes = {
         "x": ((M, K), base), "weight": ((N, K), base), "bias": ((N,), base),
         "down": ((r, K), adapter), "up": ((N, r), adapter), "core": ((r,), torch.float32),

@@ -43,8 +43,11 @@ MUTANTS = [
     Mutant(GRADIENT, "in_scale forgotten in d_x", "if in_scale_ptr is not None",
            "if in_scale_ptr is None", "gradient"),
     Mutant("decomposed_linear_fused", "scale used twice with a core",
-           "(v * (core.float() * scale)).to(v.dtype), 1.0",
-           "(v * (core.float() * scale)).to(v.dtype), scale", "operator"),
+           "activation=activation), 1.0", "activation=activation), scale", "operator"),
+    Mutant("decomposed_linear_fused", "dropout forgotten in dA",
+           "left=dt, seed=seed, dropout=dropout", "left=dt", "operator"),
+    Mutant("decomposed_linear_fused", "few rows: bias forgotten",
+           "x, weight, bias, down, up, core,", "x, weight, None, down, up, core,", "few"),
     Mutant("decomposed_linear_fused", "no mask in backward", "seed=seed, dropout=dropout,\n",
            "\n", "operator"),
     Mutant("decomposed_linear_fused", "the addend's gradient without out_scale",
@@ -68,5 +71,7 @@ def run(check: str) -> None:
         checks.forward("bf16", 3, (20, 40, 264), arch="sm_90")
     elif check == "descriptors":
         checks.forward("bf16", 3, (70, 72, 40), ("rank",), arch="sm_90")
+    elif check == "few":
+        triton_checks.operator("fp32", False, "triton:fused", rows=5)
     elif check == "operator":
         triton_checks.operator("fp32", True, "triton:fused")

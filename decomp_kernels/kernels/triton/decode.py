@@ -23,8 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from decomp_kernels.factors import ACTIVATIONS
 from decomp_kernels.kernels.triton.configurations import configuration
-from decomp_kernels.kernels.triton.pieces import dot, dot_for, narrow
+from decomp_kernels.kernels.triton.pieces import activate, dot, dot_for, narrow
 from decomp_kernels.kernels.triton.specimens import DTYPES, Specimen, launch_options, tiles
 
 ROWS = 16  # the most that one call takes
@@ -37,7 +38,7 @@ def _kernel(
     x_ptr, weight_ptr, down_ptr, up_ptr, core_ptr, in_scale_ptr, out_scale_ptr, bias_ptr,
     addend_ptr, z_part_ptr, t_part_ptr, arrived_ptr, y_ptr, t_ptr, z_ptr,
     M, N, K, R, splits, k_blocks, stride_x, stride_weight, stride_down, stride_up, scale,
-    ACTIVATION: tl.constexpr, WARPS: tl.constexpr,
+    PHI: tl.constexpr, WARPS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     # Shares of one block of columns are neighbours: they end together.
@@ -93,7 +94,7 @@ def _kernel(
                 kept = narrow(total, t_ptr.dtype.element_ty)
                 if tile == 0:
                     tl.store(t_ptr + spot, kept, mask=both)
-                v = _activate(kept.to(tl.float32), ACTIVATION) * scale
+                v = activate(kept.to(tl.float32), PHI) * scale
                 if core_ptr is not None:
                     core = tl.load(core_ptr + ranks, mask=ranks < R, other=0.0)
                     v *= core.to(tl.float32)[None, :]
@@ -159,31 +160,6 @@ def _sum(part_ptr, place, inside, distance, splits):
     return total
 
 
-@triton.jit
-def _activate(t, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "relu":
-        t = tl.where(t < 0.0, 0.0, t)  # not a maximum: NaN stays
-    elif ACTIVATION == "silu":
-        t = t / (1.0 + tl.exp(-t))
-    elif ACTIVATION == "gelu":
-        t = 0.5 * t * (1.0 + tl.erf(t * 0.7071067811865476))
-    elif ACTIVATION == "tanh":
-        t = _tanh(t)
-    return t
-
-
-@triton.jit
-def _tanh(t):
-    """A series near 0, where 1 - exp(-2 |t|) would lose its digits: both within 2^-22."""
-    q = t * t
-    series = 0.021869488536155203 + q * -0.008863235529902197
-    series = 0.13333333333333333 + q * (-0.05396825396825397 + q * series)
-    series = t * (1.0 + q * (-0.3333333333333333 + q * series))
-    e = tl.exp(-2.0 * tl.abs(t))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(q < 0.16, series, tl.where(t < 0.0, -far, far))
-
-
 def decode(
     x: Tensor,
     weight: Tensor,
@@ -229,7 +205,7 @@ def decode(
             M, N, K, R, splits, triton.cdiv(blocks, splits),
             x.stride(0), weight.stride(0), 0 if down is None else down.stride(0),
             0 if up is None else up.stride(0), scale,
-            ACTIVATION=activation, WARPS=config["num_warps"],
+            PHI=ACTIVATIONS.index(activation), WARPS=config["num_warps"],
             **tiles(config), **launch_options(config),
         )  # fmt: skip
     return y, t, z
@@ -273,6 +249,6 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
             constants: dict[str, Any] = {
                 name: None for name, dtype in pointers.items() if not dtype
             }
-            constants |= {"ACTIVATION": "tanh" if terms == "all" else "identity"}
+            constants |= {"PHI": ACTIVATIONS.index("tanh" if terms == "all" else "identity")}
             constants |= {"WARPS": config["num_warps"], **tiles(config)}
             yield Specimen(f"{dtypes} {terms}", _kernel, types, constants, launch_options(config))

@@ -9,28 +9,14 @@ taken d_in_scale; the first such pass is the one for dA.
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from decomp_kernels.kernels import columns, composition, gemm
-from decomp_kernels.kernels.triton.column_walk import (
-    Left,
-    column_walk,
-    partials_are_cheap,
-    walk_columns,
-)
-from decomp_kernels.kernels.triton.down_projection import (
-    Adapter,
-    down_projection,
-    down_projections,
-)
+from decomp_kernels.kernels.triton.column_walk import Left, walk_columns
+from decomp_kernels.kernels.triton.down_projection import Adapter, down_projections
+from decomp_kernels.kernels.triton.over_dy import over_dy
 from decomp_kernels.kernels.triton.up_expansion import Expansion, up_expansion, up_expansions
-from decomp_kernels.reference.decomposed_linear import (
-    Gradients,
-    activate,
-    activation_derivative,
-)
-from decomp_kernels.reference.dropout import kept_fraction
+from decomp_kernels.reference.decomposed_linear import Gradients
 from decomp_kernels.reference.grouped_linear import Layer
 
 
@@ -72,7 +58,22 @@ def backward(
 ) -> tuple[Tensor | None, list[Gradients]]:
     dys = [dy.contiguous() for dy in dys]
     x = None if x is None else x.contiguous()
-    over = [_over_dy(*each) for each in zip(dys, layers, ts, zs, needs, strict=True)]
+    over = [
+        over_dy(
+            dy,
+            layer.up,
+            layer.core,
+            layer.out_scale,
+            t,
+            z,
+            layer.seed,
+            layer.scale,
+            layer.dropout,
+            layer.activation,
+            need,
+        )
+        for dy, layer, t, z, need in zip(dys, layers, ts, zs, needs, strict=True)
+    ]
     dts: list[Any] = [dt for dt, _ in over]
 
     shared = [i for i, layer in enumerate(layers) if layer.in_scale is None and needs[i].x]
@@ -124,37 +125,3 @@ def _to_input(
         g = dys[i] if out_scale is None else columns.scale_columns(dys[i], out_scale)
         d_X = g @ weight if d_X is None else gemm.accumulate(d_X, g, weight)
     return d_X
-
-
-def _over_dy(
-    dy: Tensor, layer: Layer, t: Tensor | None, z: Tensor | None, need: Any
-) -> tuple[Tensor | None, Gradients]:
-    """dt, divided by the kept fraction, and the gradients that come from one pass over dy."""
-    up, core, out_scale = layer.up, layer.core, layer.out_scale
-    phi = right = left = None
-    if up is not None:
-        phi = None if t is None else activate(t, layer.activation).float()
-        if need.x or need.in_scale or need.down or need.core:
-            right = up if out_scale is None else (up * out_scale[:, None]).to(up.dtype)
-        if need.up and phi is not None:
-            left = (phi if core is None else phi * core.float()).mul(layer.scale).to(up.dtype)
-    u = d_up = d_bias = d_out = None
-    if right is not None and not partials_are_cheap(dy, right):
-        u, right = down_projection(dy, right.T, dtype=torch.float32), None
-    if right is not None or left is not None or need.bias or need.out_scale:
-        walked, d_up, d_bias, d_out = column_walk(
-            dy, right=right, left=left, other=z if need.out_scale else None,
-            column_sum=bool(need.bias),
-        )  # fmt: skip
-        u = walked if u is None else u
-    if d_up is not None:
-        d_up = (d_up if out_scale is None else d_up * out_scale).T.contiguous()
-    dt = d_core = None
-    if u is not None and up is not None:
-        u = u * layer.scale
-        d_core = (u * phi).sum(0) if need.core and phi is not None else None
-        dt = u if core is None else u * core.float()
-        if layer.activation != "identity" and t is not None:
-            dt = dt * activation_derivative(t.float(), layer.activation)
-        dt = (dt * (1.0 / kept_fraction(layer.dropout) if layer.dropping else 1.0)).to(up.dtype)
-    return dt, Gradients(None, None, d_bias, None, d_up, d_core, None, d_out, None)
