@@ -7,6 +7,8 @@ configuration differs as compiled code.  ``decomp-kernels inspect`` compiles the
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 # name: dtypes of the large operand and of the adapter
 DTYPES = {
     "bf16": ("bf16", "bf16"),
@@ -42,7 +44,11 @@ def is_size(name: str) -> bool:
 
 
 def launch_options(config: dict[str, Any]) -> dict[str, int]:
-    return {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    """maxnreg: NVIDIA's assembler else spills a little to fit more programs; AMD's has no such."""
+    options = {"num_warps": config["num_warps"], "num_stages": config["num_stages"]}
+    if "maxnreg" in config and torch.version.hip is None:
+        options["maxnreg"] = config["maxnreg"]
+    return options
 
 
 def tiles(config: dict[str, Any]) -> dict[str, int]:
