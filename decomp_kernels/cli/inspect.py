@@ -19,7 +19,14 @@ from typing import Any
 from decomp_kernels import dispatch
 from decomp_kernels.cli.errors import BadInput, CheckFailed, one_line
 
-KERNELS = ("down_projection", "up_expansion", "column_walk", "row_norm")
+KERNELS = (
+    "down_projection",
+    "up_expansion",
+    "column_walk",
+    "row_norm",
+    "merged_weight",
+    "hadamard",
+)
 # Shared memory that one program may have, bytes: CUDA programming guide, compute capabilities;
 # for gfx942 the local data share of a compute unit.
 LIMITS = {
