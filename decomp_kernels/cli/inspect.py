@@ -26,6 +26,7 @@ KERNELS = (
     "row_norm",
     "merged_weight",
     "hadamard",
+    "double_hadamard",
 )
 # Shared memory that one program may have, bytes: CUDA programming guide, compute capabilities;
 # for gfx942 the local data share of a compute unit.
@@ -132,7 +133,7 @@ def _examined(specimen: Any, entry: dict[str, Any], arch: str) -> dict[str, Any]
 
 def _declared(specimen: Any, entry: dict[str, Any], arch: str) -> str | None:
     """The matrix instruction that bf16 products must run on."""
-    if not specimen.name.startswith("bf16"):
+    if not specimen.matrix or not specimen.name.startswith("bf16"):
         return None
     if arch.startswith("gfx"):
         return "mfma"

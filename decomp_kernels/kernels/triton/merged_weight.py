@@ -92,6 +92,8 @@ def built(
     """
     N, K = weight.shape
     up, down = (None, None) if pair is None else matched(*pair)
+    if exact and up is not None and down is not None:
+        up, down = up.float(), down.float()
     up2, down2 = (None, None) if second is None else matched(*second)
     R, R2 = (0 if t is None else t.shape[1] for t in (up, up2))
     out = torch.empty(N, K, dtype=weight.dtype, device=weight.device)
@@ -112,11 +114,14 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
     for dtypes, (wide, adapter) in DTYPES.items():
         small = f"*{adapter}"
         for name, has in (
-            ("exact", {"core": "*fp32", "in_scale": "*fp32", "out_scale": "*fp32"}),
+            ("exact", dict.fromkeys(("core", "in_scale", "out_scale"), "*fp32")),
             ("diagonal", {"core": "*fp32"}),
             ("second", {"up2": small, "down2": small}),
             ("hadamard", {}),
         ):
+            exact = name == "exact"
+            if exact and adapter != "fp32":
+                continue
             types = {
                 "weight_ptr": f"*{wide}", "up_ptr": small, "down_ptr": small, "out_ptr": f"*{wide}",
                 **{f"{tensor}_ptr": dtype for tensor, dtype in has.items()},
@@ -125,9 +130,9 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
             }  # fmt: skip
             constants = {
                 **{f"{tensor}_ptr": None for tensor in optional if tensor not in has},
-                "MULTIPLIES": name == "hadamard", "EXACT": name == "exact", **tiles(config),
+                "MULTIPLIES": name == "hadamard", "EXACT": exact, **tiles(config),
             }  # fmt: skip
             yield Specimen(
                 f"{dtypes} {name}", _kernel, types, constants, launch_options(config),
-                unit=("stride_k",),
+                unit=("stride_k",), matrix=not exact,
             )  # fmt: skip

@@ -21,7 +21,8 @@ DTYPES = {
 class Specimen:
     """types: run-time arguments, "*bf16", "i32", "fp32".  constants: all others, by name.
 
-    unit: arguments that are 1, as the launcher makes constants of them.
+    unit: arguments that are 1, as the launcher makes constants of them.  matrix: whether in bf16
+    its products must be on a matrix unit.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Specimen:
     options: dict[str, int]
     aligned: bool = True  # pointers, sizes and strides are multiples of 16
     unit: tuple[str, ...] = ()
+    matrix: bool = True
 
     @property
     def sizes(self) -> list[str]:
