@@ -27,6 +27,9 @@ KERNELS = (
     "merged_weight",
     "hadamard",
     "double_hadamard",
+    "block_rotate",
+    "singular_diagonal",
+    "scatter",
 )
 # Shared memory that one program may have, bytes: CUDA programming guide, compute capabilities;
 # for gfx942 the local data share of a compute unit.

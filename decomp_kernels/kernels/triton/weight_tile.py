@@ -79,8 +79,8 @@ def add_gradients(
 ):  # fmt: skip
     """d_up += Q down^T and d_down += up^T Q: float32 sums in memory that one program owns.
 
-    up_ranks, down_ranks: R where there is a sum yet, 0 where there is none.  Beside bf16 factors Q is rounded to bf16, beside
-    others it is not: fp16 has not the range of a gradient.
+    up_ranks, down_ranks: R where there is a sum yet, 0 where there is none.  Q is rounded to the
+    factors' dtype.
     """
     for start in tl.range(0, R, BLOCK_R, num_stages=1):  # one block as a rule: nothing to overlap
         ranks = start + tl.arange(0, BLOCK_R)
@@ -92,12 +92,9 @@ def add_gradients(
         up = tl.trans(tl.load(up_ptr + up_place, mask=in_rows, other=0.0))
         d_up = tl.load(d_up_ptr + up_place, mask=in_rows & (ranks < up_ranks)[None, :], other=0.0)
         d_down = tl.load(d_down_ptr + down_place, mask=in_cols & (ranks < down_ranks)[:, None], other=0.0)
-        if up.dtype == tl.bfloat16:
-            d_up = dot(narrow(Q, tl.bfloat16), down, d_up)
-            d_down = dot(up, narrow(Q, tl.bfloat16), d_down)
-        else:
-            d_up = dot_for(Q, down.to(tl.float32), d_up, NARROW)
-            d_down = dot_for(up.to(tl.float32), Q, d_down, NARROW)
+        rounded = narrow(Q, up.dtype)
+        d_up = dot_for(rounded, down, d_up, NARROW)
+        d_down = dot_for(up, rounded, d_down, NARROW)
         tl.store(d_up_ptr + up_place, d_up, mask=in_rows)
         tl.store(d_down_ptr + down_place, d_down, mask=in_cols)
     tl.debug_barrier()  # the next tile's threads read what these have written
