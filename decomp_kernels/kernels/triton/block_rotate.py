@@ -44,6 +44,14 @@ def _columns(start, group, width, K, order_ptr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def _product_of(a, b, acc, NARROW: tl.constexpr):
+    """acc + a @ b; rows between two factors are float32, and what they meet is widened to that."""
+    if a.dtype == b.dtype:
+        return dot_for(a, b, acc, NARROW)
+    return dot_for(a.to(tl.float32), b.to(tl.float32), acc, NARROW)
+
+
+@triton.jit
 def _rotate_kernel(
     t_ptr, blocks_ptr, order_ptr, out_ptr,
     M, K, width, size, stride_row, stride_col, stride_block, stride_from, stride_to,
@@ -68,7 +76,7 @@ def _rotate_kernel(
             blocks_ptr + block[:, None] + ((to % size) * stride_to)[None, :],
             mask=same & in_taken[:, None] & in_to[None, :], other=0.0,
         )  # fmt: skip
-        turned = dot_for(t, blocks, turned, NARROW)
+        turned = _product_of(t, blocks, turned, NARROW)
     tl.store(
         out_ptr + rows[:, None] * K + to_column[None, :], narrow(turned, out_ptr.dtype.element_ty),
         mask=in_rows[:, None] & in_to[None, :],
@@ -99,7 +107,7 @@ def _gradient_kernel(
             right_ptr + rows[:, None] * stride_right + to_column[None, :],
             mask=in_rows[:, None] & in_to[None, :], other=0.0,
         )  # fmt: skip
-        total = dot_for(left, right, total, NARROW)
+        total = _product_of(left, right, total, NARROW)
     same = (taken // size)[:, None] == (to // size)[None, :]
     tl.store(
         partial_ptr + (share.to(tl.int64) * K + taken[:, None]) * size + (to % size)[None, :],
@@ -162,8 +170,9 @@ def _rotated(
     """t R_j, or t R_j^T, in ``out`` or float32.  narrow_base: all ends in bf16 or fp16."""
     (M, K), size = t.shape, m.blocks.shape[-1]
     blocks = m.blocks[j].mT if transposed else m.blocks[j]
+    blocks = blocks.float() if t.dtype == torch.float32 else blocks
     out = torch.empty(M, K, dtype=torch.float32, device=t.device) if out is None else out
-    config = _configuration(t, m)
+    config = configuration("block_rotate", t.device, blocks.dtype, M=M, r=size)
     width, tasks = _groups(K, size, config["BLOCK_C"])
     _rotate_kernel[(triton.cdiv(M, config["BLOCK_M"]), tasks)](
         t, blocks, _order(m, j), out, M, K, width, size,
@@ -176,7 +185,8 @@ def _rotated(
 def _gradient(left: Tensor, right: Tensor, m: BlockRotate, j: int, narrow_base: bool) -> Tensor:
     """The gradient of the blocks of factor j, [q, b, b] in float32."""
     (M, K), size = left.shape, m.blocks.shape[-1]
-    config = _configuration(left, m)
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    config = configuration("block_rotate", left.device, dtype, M=M, r=size)
     width, tasks = _groups(K, size, config["BLOCK_C"])
     blocks = triton.cdiv(M, config["BLOCK_M"])
     each = triton.cdiv(blocks, config["SHARES"])
@@ -206,17 +216,14 @@ def _order(m: BlockRotate, j: int) -> Tensor | None:
     return None if m.permutations is None else m.permutations[j].contiguous()
 
 
-def _configuration(t: Tensor, m: BlockRotate) -> dict[str, Any]:
-    return configuration("block_rotate", t.device, m.blocks.dtype, M=t.shape[0], r=m.blocks.shape[-1])
-
-
 def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
+    options = launch_options(config)
     for dtypes, (wide, adapter) in DTYPES.items():
-        for kind, (one, other, order) in {
-            "between": ("fp32", "fp32", None),
-            "permuted": (wide, wide, "*i64"),
-            "in order": (wide, wide, None),
-        }.items():
+        for kind, taken, order in (
+            ("float32", "fp32", None), ("permuted", wide, "*i64"), ("in order", wide, None)
+        ):  # fmt: skip
+            if taken == "fp32" and adapter != "fp32":
+                continue  # float32 rows meet float32 blocks
             constants: dict[str, Any] = {"NARROW": wide != "fp32", **tiles(config)}
             sizes = dict.fromkeys(("M", "K", "width", "size"), "i32")
             if order is None:
@@ -225,18 +232,16 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
                 sizes["order_ptr"] = order
             strides = ("row", "col", "block", "from", "to")
             types = {
-                "t_ptr": f"*{one}", "blocks_ptr": f"*{adapter}", "out_ptr": f"*{other}", **sizes,
+                "t_ptr": f"*{taken}", "blocks_ptr": f"*{adapter}", "out_ptr": f"*{wide}", **sizes,
                 **{f"stride_{name}": "i32" for name in strides},
             }  # fmt: skip
             yield Specimen(
-                f"{dtypes} rotate {kind}", _rotate_kernel, types, constants,
-                launch_options(config), unit=("stride_col", "stride_to"),
+                f"{dtypes} rotate {kind}", _rotate_kernel, types, constants, options,
+                unit=("stride_col", "stride_to"),
             )  # fmt: skip
             types = {
-                "left_ptr": f"*{one}", "right_ptr": f"*{other}", "partial_ptr": "*fp32", **sizes,
+                "left_ptr": f"*{wide}", "right_ptr": f"*{taken}", "partial_ptr": "*fp32", **sizes,
                 "m_share": "i32", "stride_left": "i32", "stride_right": "i32",
             }  # fmt: skip
-            yield Specimen(
-                f"{dtypes} gradient {kind}", _gradient_kernel, types, constants,
-                launch_options(config),
-            )  # fmt: skip
+            name = f"{dtypes} gradient {kind}"
+            yield Specimen(name, _gradient_kernel, types, constants, options)

@@ -41,11 +41,11 @@ def _kernel(
     built = tl.load(weight_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if up_ptr is not None:
         change = scale * product_tile(
-            up_ptr, core_ptr, down_ptr, rows, cols, N, K, R, NARROW, EXACT, BLOCK_R
+            up_ptr, core_ptr, down_ptr, rows, cols, N, K, R, NARROW, BLOCK_R
         )
         if up2_ptr is not None:
             change *= product_tile(
-                up2_ptr, None, down2_ptr, rows, cols, N, K, R2, NARROW, EXACT, BLOCK_R
+                up2_ptr, None, down2_ptr, rows, cols, N, K, R2, NARROW, BLOCK_R
             )
         if MULTIPLIES:
             change *= built

@@ -1,6 +1,7 @@
 """W with values added at (rows, cols), and their gradients (maths: reference/scatter.py).
 
-    W_eff[rows_j, cols_j] = W[rows_j, cols_j] + values_j      d_values_j = sum_m g[m, rows_j] x[m, cols_j]
+    W_eff[rows_j, cols_j] = W[rows_j, cols_j] + values_j
+    d_values_j = sum_m g[m, rows_j] x[m, cols_j]
 
 One program owns BLOCK_V values.  No pair comes twice, so none waits for another.  The gradients
 read columns of g and x, which lie side by side in transposed copies.
@@ -26,7 +27,7 @@ from decomp_kernels.kernels.triton.specimens import DTYPES, Specimen, launch_opt
 def _build_kernel(
     weight_ptr, rows_ptr, cols_ptr, values_ptr, built_ptr,
     V, K, stride_n, stride_k,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = at < V
@@ -66,7 +67,7 @@ def build(m: Scatter, weight: Tensor) -> Tensor:
         _build_kernel[(triton.cdiv(V, config["BLOCK_V"]),)](
             weight, m.rows.contiguous(), m.cols.contiguous(), m.values.contiguous(), built,
             V, weight.shape[1], weight.stride(0), weight.stride(1),
-            **tiles(config), **launch_options(config),
+            BLOCK_V=config["BLOCK_V"], **launch_options(config),
         )  # fmt: skip
     return built
 
@@ -93,7 +94,7 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
         }  # fmt: skip
         options = launch_options(config)
         yield Specimen(
-            f"{dtypes} build", _build_kernel, types, tiles(config), options,
+            f"{dtypes} build", _build_kernel, types, {"BLOCK_V": config["BLOCK_V"]}, options,
             unit=("stride_k",), matrix=False,
         )  # fmt: skip
         types = {**pairs, "g_ptr": f"*{wide}", "x_ptr": f"*{wide}", "total_ptr": "*fp32", "M": "i32"}

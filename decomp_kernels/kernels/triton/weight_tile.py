@@ -17,10 +17,11 @@ from decomp_kernels.kernels.triton.pieces import dot, dot_for, narrow
 @triton.jit
 def product_tile(
     up_ptr, core_ptr, down_ptr, rows, cols, N, K, R,
-    NARROW: tl.constexpr, EXACT: tl.constexpr, BLOCK_R: tl.constexpr,
+    NARROW: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """(up * core) down for ``rows`` (int64) and ``cols``, float32; up * core is rounded to up's
-    dtype unless EXACT.  NARROW: the tile's use is rounded to 16 bits.
+    """(up * core) down for ``rows`` (int64) and ``cols``, float32; up * core in up's dtype.
+
+    NARROW: what is made of it is rounded to bf16 or fp16.
     """
     BLOCK_N: tl.constexpr = rows.shape[0]
     BLOCK_K: tl.constexpr = cols.shape[0]
@@ -38,13 +39,8 @@ def product_tile(
         )  # fmt: skip
         if core_ptr is not None:
             core = tl.load(core_ptr + ranks, mask=in_ranks, other=0.0).to(tl.float32)
-            scaled = up.to(tl.float32) * core[None, :]
-            if EXACT:
-                product = dot(scaled, down, product)
-            else:
-                product = dot_for(narrow(scaled, up.dtype), down, product, NARROW)
-        else:
-            product = dot_for(up, down, product, NARROW)
+            up = narrow(up.to(tl.float32) * core[None, :], up.dtype)
+        product = dot_for(up, down, product, NARROW)
     return product
 
 
