@@ -45,10 +45,12 @@ def _columns(start, group, width, K, order_ptr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _product_of(a, b, acc, NARROW: tl.constexpr):
-    """acc + a @ b; rows between two factors are float32, and what they meet is widened to that."""
-    if a.dtype == b.dtype:
-        return dot_for(a, b, acc, NARROW)
-    return dot_for(a.to(tl.float32), b.to(tl.float32), acc, NARROW)
+    """acc + a @ b; where NARROW, operands of two dtypes as float32 in parts (pieces.dot_for)."""
+    if NARROW and a.dtype != b.dtype:
+        acc = dot_for(a.to(tl.float32), b.to(tl.float32), acc, True)
+    else:
+        acc = dot_for(a, b, acc, NARROW)
+    return acc
 
 
 @triton.jit
@@ -133,16 +135,16 @@ def backward(m: BlockRotate, gx: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     gx, x = (t if t.stride(-1) == 1 else t.contiguous() for t in (gx, x))
     d_blocks = torch.zeros(m.blocks.shape, dtype=torch.float32, device=x.device)
     dx = torch.empty_like(gx, memory_format=torch.contiguous_format)
-    count, narrow_base = m.blocks.shape[0], x.dtype != torch.float32
+    count = m.blocks.shape[0]
     for rows in _row_blocks(m, x):
         inputs = [x[rows]]
         for j in range(count - 1):
-            inputs.append(_rotated(inputs[j], m, j, narrow_base))
+            inputs.append(_rotated(inputs[j], m, j))
         turned = gx[rows]
         for j in reversed(range(count)):
-            d_blocks[j] += _gradient(inputs[j], turned, m, j, narrow_base)
+            d_blocks[j] += _gradient(inputs[j], turned, m, j)
             out = dx[rows] if j == 0 else None
-            turned = _rotated(turned, m, j, narrow_base, transposed=True, out=out)
+            turned = _rotated(turned, m, j, transposed=True, out=out)
     return d_blocks.to(m.blocks.dtype), dx
 
 
@@ -155,19 +157,14 @@ def _product(m: BlockRotate, t: Tensor, transposed: bool) -> Tensor:
         for j in reversed(factors) if transposed else factors:
             last = j == (factors[0] if transposed else factors[-1])
             out = product[rows] if last else None
-            turned = _rotated(turned, m, j, t.dtype != torch.float32, transposed, out)
+            turned = _rotated(turned, m, j, transposed, out)
     return product
 
 
 def _rotated(
-    t: Tensor,
-    m: BlockRotate,
-    j: int,
-    narrow_base: bool,
-    transposed: bool = False,
-    out: Tensor | None = None,
+    t: Tensor, m: BlockRotate, j: int, transposed: bool = False, out: Tensor | None = None
 ) -> Tensor:
-    """t R_j, or t R_j^T, in ``out`` or float32.  narrow_base: all ends in bf16 or fp16."""
+    """t R_j, or t R_j^T, in ``out`` or float32, which is exact to that where the blocks are."""
     (M, K), size = t.shape, m.blocks.shape[-1]
     blocks = m.blocks[j].mT if transposed else m.blocks[j]
     blocks = blocks.float() if t.dtype == torch.float32 else blocks
@@ -177,12 +174,13 @@ def _rotated(
     _rotate_kernel[(triton.cdiv(M, config["BLOCK_M"]), tasks)](
         t, blocks, _order(m, j), out, M, K, width, size,
         t.stride(0), t.stride(1), *blocks.stride(),
-        NARROW=narrow_base, **tiles(config), **launch_options(config),
+        NARROW=any(dtype != torch.float32 for dtype in (out.dtype, m.blocks.dtype)),
+        **tiles(config), **launch_options(config),
     )  # fmt: skip
     return out
 
 
-def _gradient(left: Tensor, right: Tensor, m: BlockRotate, j: int, narrow_base: bool) -> Tensor:
+def _gradient(left: Tensor, right: Tensor, m: BlockRotate, j: int) -> Tensor:
     """The gradient of the blocks of factor j, [q, b, b] in float32."""
     (M, K), size = left.shape, m.blocks.shape[-1]
     dtype = torch.promote_types(left.dtype, right.dtype)
@@ -195,7 +193,7 @@ def _gradient(left: Tensor, right: Tensor, m: BlockRotate, j: int, narrow_base: 
     _gradient_kernel[(tasks * triton.cdiv(width, config["BLOCK_C"]), shares)](
         left, right, _order(m, j), partial, M, K, width, size, each * config["BLOCK_M"],
         left.stride(0), right.stride(0),
-        NARROW=narrow_base, **tiles(config), **launch_options(config),
+        NARROW=m.blocks.dtype != torch.float32, **tiles(config), **launch_options(config),
     )  # fmt: skip
     return partial.sum(0)
 
@@ -218,30 +216,32 @@ def _order(m: BlockRotate, j: int) -> Tensor | None:
 
 def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
     options = launch_options(config)
+    strides = ("row", "col", "block", "from", "to")
     for dtypes, (wide, adapter) in DTYPES.items():
-        for kind, taken, order in (
-            ("float32", "fp32", None), ("permuted", wide, "*i64"), ("in order", wide, None)
-        ):  # fmt: skip
-            if taken == "fp32" and adapter != "fp32":
-                continue  # float32 rows meet float32 blocks
-            constants: dict[str, Any] = {"NARROW": wide != "fp32", **tiles(config)}
+        kinds = [("first", wide, "fp32", None), ("last", "fp32", wide, None)]
+        for kind, taken, out, order in (
+            *(kinds if adapter == "fp32" else []),  # between factors rows and blocks are float32
+            ("permuted", wide, wide, "*i64"),
+            ("in order", wide, wide, None),
+        ):
             sizes = dict.fromkeys(("M", "K", "width", "size"), "i32")
-            if order is None:
-                constants["order_ptr"] = None
-            else:
+            constants: dict[str, Any] = tiles(config) | ({} if order else {"order_ptr": None})
+            if order:
                 sizes["order_ptr"] = order
-            strides = ("row", "col", "block", "from", "to")
             types = {
-                "t_ptr": f"*{taken}", "blocks_ptr": f"*{adapter}", "out_ptr": f"*{wide}", **sizes,
+                "t_ptr": f"*{taken}", "blocks_ptr": f"*{adapter}", "out_ptr": f"*{out}", **sizes,
                 **{f"stride_{name}": "i32" for name in strides},
             }  # fmt: skip
             yield Specimen(
-                f"{dtypes} rotate {kind}", _rotate_kernel, types, constants, options,
-                unit=("stride_col", "stride_to"),
+                f"{dtypes} rotate {kind}", _rotate_kernel, types,
+                constants | {"NARROW": out != "fp32"}, options, unit=("stride_col", "stride_to"),
             )  # fmt: skip
             types = {
                 "left_ptr": f"*{wide}", "right_ptr": f"*{taken}", "partial_ptr": "*fp32", **sizes,
                 "m_share": "i32", "stride_left": "i32", "stride_right": "i32",
             }  # fmt: skip
-            name = f"{dtypes} gradient {kind}"
-            yield Specimen(name, _gradient_kernel, types, constants, options)
+            for split in {adapter != "fp32", kind == "last" and wide != "fp32"}:
+                name = f"{dtypes} gradient {kind}{' split' if split else ''}"
+                yield Specimen(
+                    name, _gradient_kernel, types, constants | {"NARROW": split}, options
+                )
