@@ -53,7 +53,7 @@ cells = pytest.mark.parametrize(
     ids=["-".join(map(str, cell)) for cell in CELLS],
 )
 # m, q, b and rows: blocks of no power of two, of 2, larger than a tile, of whole tiles
-ROTATIONS = (((3, 12, 3), 70), ((1, 20, 2), 33), ((1, 2, 70), 20), ((2, 2, 16), 1))
+ROTATIONS = (((3, 12, 3), 18), ((1, 20, 2), 33), ((1, 1, 70), 40), ((2, 2, 16), 1))
 
 
 def shape_of(number):
@@ -89,24 +89,23 @@ def test_scatter_kernels(count, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("permuted", [True, False], ids=["permuted", "in-order"])
-def test_block_rotate_kernels(permuted, dtype):
-    for blocks, rows in ROTATIONS:
-        checks.block_rotate(dtype, blocks, rows, permuted)
+def test_block_rotate_kernels(dtype):
+    for number, (blocks, rows) in enumerate(ROTATIONS):
+        checks.block_rotate(dtype, blocks, rows, permuted=number % 2 == len(dtype) % 2)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "bf16-fp32"])
 def test_programs_of_several_tiles(dtype):
     """Sums in memory, shares, row blocks and rank blocks that large tensors have."""
     with checks.walking("hadamard"):
-        checks.hadamard(dtype, 20, (41, 70, 37))
+        checks.hadamard(dtype, 20, (33, 70, 37))
     with checks.walking("double_hadamard"):
-        checks.double_hadamard(dtype, 5, (41, 70, 9))
+        checks.double_hadamard(dtype, 5, (33, 70, 9))
     with checks.walking("singular_diagonal", RANKS=8):
         checks.singular_diagonal(dtype, 40, (33, 70, 100), False)
         checks.singular_diagonal(dtype, 20, (33, 70, 3), True)
     with checks.walking("block_rotate", ELEMENTS=40 * 36):
-        checks.block_rotate(dtype, (2, 12, 3), 100, True)
+        checks.block_rotate(dtype, (2, 12, 3), 70, True)
 
 
 @pytest.mark.full
@@ -175,15 +174,15 @@ def test_no_tokens(name):
 
 
 def test_same_inputs_same_bits():
-    adapter, W, g, x = checks.sized("bf16-fp32", (70, 130, 37))
-    up, down = checks.tensor(70, 20, dtype=adapter, seed=5), torch.randn(20, 130)
-    places = torch.randperm(70 * 130)[:50]
-    blocks, d = torch.randn(2, 13, 10, 10), torch.randn(20)
+    _, W, g, x = checks.sized("bf16-fp32", (70, 40, 37))
+    up, down = torch.randn(70, 5), torch.randn(5, 40)
+    places = torch.randperm(70 * 40)[:50]
+    blocks, d = torch.randn(1, 4, 10, 10), torch.randn(5)
     for module, m in (
         (hadamard, Hadamard(up, down)),
         (double_hadamard, DoubleHadamard(up, down, up, down)),
         (singular_diagonal, SingularDiagonal(up, d, down)),
-        (scatter, Scatter(places // 130, places % 130, torch.randn(50))),
+        (scatter, Scatter(places // 40, places % 40, torch.randn(50))),
         (block_rotate, BlockRotate(blocks)),
     ):
         first, second = (

@@ -81,7 +81,7 @@ def run(check: str) -> None:
             checks.merged_weight(dtype, 20, (33, 70, 0), True)
         elif check == "rotate":
             with checks.walking("block_rotate", ELEMENTS=70 * 36):
-                checks.block_rotate(dtype, (2, 12, 3), 100, True)
+                checks.block_rotate(dtype, (2, 12, 3), 80, True)
         elif check == "singular":
             with checks.walking("singular_diagonal", RANKS=8):
                 checks.singular_diagonal(dtype, 40, (33, 70, 100), False)
