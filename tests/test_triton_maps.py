@@ -197,7 +197,7 @@ def _tuple(found):
 
 @maps
 def test_registration(name):
-    kind, _, tensors, options = MAPS[name]
+    _, _, tensors, options = MAPS[name]
     mapped = {k: v.detach() for k, v in tensors(9, 12, "bf16-fp32").items()}
     W, g, x = (torch.randn(*size).bfloat16() for size in ((9, 12), (4, 9), (4, 12)))
     op = map_ops.MAP_OPS[name]

@@ -182,9 +182,7 @@ def block_rotate(dtype, blocks, rows, permuted):
     # Eager in these dtypes: blocks and rows in the wider of theirs.
     definition = BlockRotate(turns.to(adapter), orders)
     plain = results(_Eager(adapter), definition, x.to(adapter), gx.to(adapter))
-    for name, *values in zip(
-        ("x R", "W R^T", "blocks", "dx"), ours, plain, truth, strict=True
-    ):
+    for name, *values in zip(("x R", "W R^T", "blocks", "dx"), ours, plain, truth, strict=True):
         wanted = adapter if name == "blocks" else base
         assert values[0].dtype == wanted and values[0].is_contiguous(), name
         agree(values[0], values[1].to(wanted), values[2], name, single)
@@ -236,7 +234,7 @@ def merged_weight(dtype, r, shape, scaled):
     exact = merged_definition(W.double(), *given, SCALE)
     assert out.dtype == base and out.is_contiguous()
     if base == torch.float32:
-        return agree(out, None, exact, "merged", single=True)
+        agree(out, None, exact, "merged", single=True)
     nearest = (exact.to(base).double() - exact).abs()
     noise = 2**-22 * merged_definition(
         W.double().abs(), *(None if t is None else t.abs() for t in given), SCALE

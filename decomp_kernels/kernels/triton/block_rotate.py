@@ -240,7 +240,7 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
                 "left_ptr": f"*{wide}", "right_ptr": f"*{taken}", "partial_ptr": "*fp32", **sizes,
                 "m_share": "i32", "stride_left": "i32", "stride_right": "i32",
             }  # fmt: skip
-            for split in {adapter != "fp32", kind == "last" and wide != "fp32"}:
+            for split in sorted({adapter != "fp32", kind == "last" and wide != "fp32"}):
                 name = f"{dtypes} gradient {kind}{' split' if split else ''}"
                 yield Specimen(
                     name, _gradient_kernel, types, constants | {"NARROW": split}, options

@@ -50,17 +50,13 @@ def _kernel(
         for col in range(first_col, min(first_col + k_share, K), BLOCK_K):
             cols = col + tl.arange(0, BLOCK_K)
             P = outer_tile(g_ptr, x_ptr, rows, cols, M, N, K, BLOCK_M)
-            other = product_tile(
-                up2_ptr, None, down2_ptr, rows, cols, N, K, R2, NARROW, BLOCK_R
-            )
+            other = product_tile(up2_ptr, None, down2_ptr, rows, cols, N, K, R2, NARROW, BLOCK_R)
             add_gradients(
                 P * other, up1_ptr, down1_ptr, d_up1_ptr, d_down1_ptr, rows, cols, N, K, R1,
                 tl.where(col > first_col, R1, 0), tl.where(row > first_row, R1, 0),
                 NARROW, BLOCK_R,
             )  # fmt: skip
-            other = product_tile(
-                up1_ptr, None, down1_ptr, rows, cols, N, K, R1, NARROW, BLOCK_R
-            )
+            other = product_tile(up1_ptr, None, down1_ptr, rows, cols, N, K, R1, NARROW, BLOCK_R)
             add_gradients(
                 P * other, up2_ptr, down2_ptr, d_up2_ptr, d_down2_ptr, rows, cols, N, K, R2,
                 tl.where(col > first_col, R2, 0), tl.where(row > first_row, R2, 0),

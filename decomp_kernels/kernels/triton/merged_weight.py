@@ -44,9 +44,7 @@ def _kernel(
             up_ptr, core_ptr, down_ptr, rows, cols, N, K, R, NARROW, BLOCK_R
         )
         if up2_ptr is not None:
-            change *= product_tile(
-                up2_ptr, None, down2_ptr, rows, cols, N, K, R2, NARROW, BLOCK_R
-            )
+            change *= product_tile(up2_ptr, None, down2_ptr, rows, cols, N, K, R2, NARROW, BLOCK_R)
         if MULTIPLIES:
             change *= built
         built += change

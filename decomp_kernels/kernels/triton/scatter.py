@@ -97,7 +97,8 @@ def specimens(config: dict[str, Any]) -> Iterator[Specimen]:
             f"{dtypes} build", _build_kernel, types, {"BLOCK_V": config["BLOCK_V"]}, options,
             unit=("stride_k",), matrix=False,
         )  # fmt: skip
-        types = {**pairs, "g_ptr": f"*{wide}", "x_ptr": f"*{wide}", "total_ptr": "*fp32", "M": "i32"}
+        types = dict.fromkeys(("g_ptr", "x_ptr"), f"*{wide}") | {"total_ptr": "*fp32", "M": "i32"}
+        types |= pairs
         yield Specimen(
             f"{dtypes} contract", _contract_kernel, types, tiles(config), options, matrix=False
         )

@@ -85,7 +85,10 @@ def _from_tokens(m: SingularDiagonal, g: Tensor, x: Tensor) -> Tensor:
         left, right = m.left[:, start : start + RANKS], m.right[start : start + RANKS]
         u = down_projection(g, left.T, dtype=torch.float32)
         v = down_projection(x, right, dtype=torch.float32)
-        parts.append(column_walk(u, other=v)[3])
+        *_, summed = column_walk(u, other=v)
+        if summed is None:
+            raise RuntimeError("the walk over the tokens returned nothing")
+        parts.append(summed)
     return torch.cat(parts)
 
 

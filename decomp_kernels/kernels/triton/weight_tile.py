@@ -87,7 +87,9 @@ def add_gradients(
         down = tl.trans(tl.load(down_ptr + down_place, mask=in_cols, other=0.0))
         up = tl.trans(tl.load(up_ptr + up_place, mask=in_rows, other=0.0))
         d_up = tl.load(d_up_ptr + up_place, mask=in_rows & (ranks < up_ranks)[None, :], other=0.0)
-        d_down = tl.load(d_down_ptr + down_place, mask=in_cols & (ranks < down_ranks)[:, None], other=0.0)
+        d_down = tl.load(
+            d_down_ptr + down_place, mask=in_cols & (ranks < down_ranks)[:, None], other=0.0
+        )
         rounded = narrow(Q, up.dtype)
         d_up = dot_for(rounded, down, d_up, NARROW)
         d_down = dot_for(up, rounded, d_down, NARROW)
