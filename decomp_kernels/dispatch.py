@@ -23,15 +23,21 @@ def choose(x: Tensor, impl: str = "auto", has: Container[str] = EVERYWHERE) -> s
     nobody has measured where that is faster.  has: the implementations of this operator.  A named
     one is never replaced: RuntimeError where it cannot run on ``x`` or the operator has none.
     """
-    check(impl)
-    if impl == "auto":
-        impl = os.environ.get(VARIABLE, "auto")
-        check(impl, f"the environment variable {VARIABLE}")
+    impl = named(impl)
     if impl == "auto":
         return "aten"
     why = why_not(x, impl) if impl in has else "this operator has no such implementation yet"
     if why:
         raise RuntimeError(f"impl={impl!r} cannot run: {why}; use impl='aten' or impl='auto'")
+    return impl
+
+
+def named(impl: str) -> str:
+    """``impl``, or the environment variable's in place of ``auto``."""
+    check(impl)
+    if impl == "auto":
+        impl = os.environ.get(VARIABLE, "auto")
+        check(impl, f"the environment variable {VARIABLE}")
     return impl
 
 

@@ -26,6 +26,8 @@ def merged_weight(
     Every implementation computes in float32.  A weight that ``impl`` cannot run on, such as one
     that was moved to the CPU to be merged, is merged by the definition.
     """
-    impl = "reference" if dispatch.why_not(weight, impl) else impl
+    impl = dispatch.named(impl)
+    if impl in dispatch.TRITON_FORMS and dispatch.why_not(weight, impl):
+        impl = "reference"
     chosen = implementation(weight, impl, reference, reference, "merged_weight")
     return chosen.merged_weight(weight, down, up, core, in_scale, out_scale, scale)
