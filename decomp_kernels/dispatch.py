@@ -70,16 +70,13 @@ def decide(
 
     why_not: why an implementation cannot run there, None where it can.
     """
-    check(impl)
-    source = f"impl={impl!r}"
-    if impl == "auto":
-        impl = named_by_environment()
-        source = f"the environment variable {VARIABLE}={impl}"
+    asked, impl = impl, named(impl)
     if impl != "auto":
         why = why_not(impl) if impl in has else "this operator has no such implementation yet"
         if why:
             raise RuntimeError(f"impl={impl!r} cannot run: {why}; use impl='aten' or impl='auto'")
-        return Choice(impl, f"named by {source}")
+        source = f"the environment variable {VARIABLE}={impl}"
+        return Choice(impl, f"named by {source if asked == 'auto' else f'{impl=}'}")
     if arch == ANY:
         return Choice("aten", "on a CPU there is nothing faster than library calls yet")
     if work is None:
@@ -113,10 +110,12 @@ def dtype_names(weight: Tensor, small: Tensor) -> tuple[str, str]:
     return base, base if small.dtype == weight.dtype else "float32"
 
 
-def named_by_environment() -> str:
-    """What DECOMP_KERNELS_IMPL names: ``auto`` where it is not set."""
-    impl = os.environ.get(VARIABLE, "auto")
-    check(impl, f"the environment variable {VARIABLE}")
+def named(impl: str) -> str:
+    """``impl``, or the environment variable's in place of ``auto``."""
+    check(impl)
+    if impl == "auto":
+        impl = os.environ.get(VARIABLE, "auto")
+        check(impl, f"the environment variable {VARIABLE}")
     return impl
 
 

@@ -175,7 +175,10 @@ def test_row_norm_differentiates():
 
 
 @forms
-@pytest.mark.parametrize("name", ["lora", "dora", "ssb", "ia3", "parallel_adapter"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora", "dora", "ssb", "ia3", "parallel_adapter", "hira", "loha", "boft", "svdiff", "sparse"],
+)
 def test_a_layer_trains_through_it(impl, name):
     torch.manual_seed(0)
     method = dk.methods()[name]
@@ -212,7 +215,7 @@ def test_where_it_cannot_run_it_says_why_and_does_not_fall_back(impl, monkeypatc
     with pytest.raises(RuntimeError, match="float32, bfloat16 and float16, and x is float64"):
         decomposed_linear(**make(["branch"], "fp64"), impl=impl)
     with pytest.raises(RuntimeError, match="no such implementation yet; use impl='aten'"):
-        dk.DecomposedLinear(nn.Linear(8, 6), dk.methods()["hira"](impl=impl))(torch.ones(2, 8))
+        dk.DecomposedLinear(nn.Linear(8, 6), dk.methods()["lokr"](impl=impl))(torch.ones(2, 8))
     with pytest.raises(RuntimeError, match="x is on meta"):
         dispatch.choose(torch.ones(1, device="meta"), impl, has=dispatch.IMPLS)
     monkeypatch.setenv(dispatch.INTERPRET, "0")
@@ -260,6 +263,8 @@ def test_every_kernel_compiles_for_every_architecture(inspected):
 
 def test_bf16_products_run_on_matrix_units(inspected):
     for row in inspected:
+        if row["kernel"] == "scatter":
+            continue  # dot products of single columns
         wanted = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
         assert wanted.get(row["arch"], "mma.sync") in row["matrix"], row
 

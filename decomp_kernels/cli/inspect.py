@@ -30,6 +30,12 @@ KERNELS = (
     "fused_input_gradient",
     "decode",
     "gram",
+    "merged_weight",
+    "hadamard",
+    "double_hadamard",
+    "block_rotate",
+    "singular_diagonal",
+    "scatter",
 )
 # Shared memory that one program may have, bytes: CUDA programming guide, compute capabilities;
 # for gfx942 the local data share of a compute unit.
@@ -96,7 +102,7 @@ def inspect(
 
     On a bf16 base with every option of the kernel, where the configuration is not for float32;
     ``everything`` takes each dtype and option.  last_entry: one configuration a kernel.  jobs:
-    processes that compile.
+    processes that compile.  A file may have several kernels of one configuration.
     """
     tasks = list(_tasks(everything, kernels, architectures, last_entry))
     if jobs == 1:
@@ -132,7 +138,8 @@ def _tasks(
             if not everything:
                 kinds = [specimen.name.split()[0] for specimen in specimens]
                 first = next((kind for kind in kinds if kind.startswith("bf16")), kinds[0])
-                specimens = [s for s in specimens if s.name.split()[0] == first][-1:]
+                specimens = [s for s in specimens if s.name.split()[0] == first]
+                specimens = list({s.kernel: s for s in specimens}.values())  # the last of each
             for specimen in specimens:
                 for arch in architectures or LIMITS:
                     if entry["arch"] in ("any", arch):
@@ -170,7 +177,7 @@ def _examined(specimen: Any, entry: dict[str, Any], arch: str) -> dict[str, Any]
     if narrow:
         problems.append(f"32-bit offsets: {narrow[0]}")
     wanted = _declared(specimen, entry, arch)
-    if wanted and wanted not in found:
+    if wanted and wanted not in found and not (found and wanted == "mma.sync"):
         problems.append(f"no {wanted}")
     if described and not copies:
         problems.append("no TMA copies, though its operands are tensor descriptors")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from decomp_kernels import dispatch
 from decomp_kernels.factors import ACTIVATIONS, Factors
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
-from decomp_kernels.reference.decomposed_linear import merged_weight
+from decomp_kernels.ops.merged_weight import merged_weight
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -239,13 +239,12 @@ class Method:
         """
         factors = self.lower(adapter, base)
         weight = base.weight if factors.weight is None else factors.weight
-        wide = weight.to(base.scale_dtype)
         if factors.weight_map is not None:
             definition = import_module(f"decomp_kernels.reference.{factors.weight_map.op}")
-            wide = definition.build(factors.weight_map, wide)
+            weight = definition.build(factors.weight_map, weight.to(base.scale_dtype))
         merged = merged_weight(
-            wide, factors.down, factors.up, factors.core, factors.in_scale, factors.out_scale,
-            factors.scale,
+            weight, factors.down, factors.up, factors.core, factors.in_scale, factors.out_scale,
+            factors.scale, self.impl,
         )  # fmt: skip
         bias = base.bias if factors.bias is None else factors.bias
         return merged.to(base.weight.dtype), None if bias is None else bias.to(base.weight.dtype)

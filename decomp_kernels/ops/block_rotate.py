@@ -10,10 +10,10 @@ weight of the forward GEMM, 2 N K b operations; ``forward`` rotates x, 2 M K b, 
 import torch
 from torch import Tensor
 
-from decomp_kernels import dispatch
 from decomp_kernels.factors import BlockRotate
 from decomp_kernels.kernels.aten import block_rotate as aten
 from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import block_rotate as reference
 
@@ -82,7 +82,7 @@ def _bwd_fake(gx, x, blocks, permutations, impl):
 
 
 def _implementation(x: Tensor, impl: str):
-    return reference if dispatch.choose(x, impl) == "reference" else aten
+    return implementation(x, impl, reference, aten, "block_rotate")
 
 
 build_op = torch.ops.decomp_kernels.block_rotate_build.default

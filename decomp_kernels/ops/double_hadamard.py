@@ -8,10 +8,10 @@ backward; the effective weight is built again there, not kept.
 import torch
 from torch import Tensor
 
-from decomp_kernels import dispatch
 from decomp_kernels.factors import DoubleHadamard
 from decomp_kernels.kernels.aten import double_hadamard as aten
 from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import double_hadamard as reference
 
@@ -51,7 +51,7 @@ def _contract_fake(weight, g, x, up1, down1, up2, down2, scale, impl):
 
 
 def _implementation(weight: Tensor, impl: str):
-    return reference if dispatch.choose(weight, impl) == "reference" else aten
+    return implementation(weight, impl, reference, aten, "double_hadamard")
 
 
 build_op = torch.ops.decomp_kernels.double_hadamard_build.default

@@ -7,10 +7,10 @@ backward; the effective weight is built again there, not kept.
 import torch
 from torch import Tensor
 
-from decomp_kernels import dispatch
 from decomp_kernels.factors import Hadamard
 from decomp_kernels.kernels.aten import hadamard as aten
 from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import hadamard as reference
 
@@ -50,7 +50,7 @@ def _contract_fake(weight, g, x, up, down, scale, impl):
 
 
 def _implementation(weight: Tensor, impl: str):
-    return reference if dispatch.choose(weight, impl) == "reference" else aten
+    return implementation(weight, impl, reference, aten, "hadamard")
 
 
 build_op = torch.ops.decomp_kernels.hadamard_build.default

@@ -7,10 +7,10 @@ backward; the effective weight is built again there, not kept.
 import torch
 from torch import Tensor
 
-from decomp_kernels import dispatch
 from decomp_kernels.factors import Scatter
 from decomp_kernels.kernels.aten import scatter as aten
 from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import scatter as reference
 
@@ -47,7 +47,7 @@ def _contract_fake(weight, g, x, rows, cols, values, impl):
 
 
 def _implementation(weight: Tensor, impl: str):
-    return reference if dispatch.choose(weight, impl) == "reference" else aten
+    return implementation(weight, impl, reference, aten, "scatter")
 
 
 build_op = torch.ops.decomp_kernels.scatter_build.default

@@ -8,10 +8,10 @@ factors, 2 M k (N + K) operations each way and no x kept.  The second is cheaper
 import torch
 from torch import Tensor
 
-from decomp_kernels import dispatch
 from decomp_kernels.factors import SingularDiagonal
 from decomp_kernels.kernels.aten import singular_diagonal as aten
 from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import singular_diagonal as reference
 
@@ -55,7 +55,7 @@ def _contract_fake(weight, g, x, left, diagonal, right, impl):
 
 
 def _implementation(weight: Tensor, impl: str):
-    return reference if dispatch.choose(weight, impl) == "reference" else aten
+    return implementation(weight, impl, reference, aten, "singular_diagonal")
 
 
 build_op = torch.ops.decomp_kernels.singular_diagonal_build.default

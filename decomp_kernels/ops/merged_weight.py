@@ -1,0 +1,33 @@
+"""The weight of the plain linear that an adapted layer is, where its branch is linear.
+
+Formula: reference/decomposed_linear.py.  It is made once and has no gradient, so it is no operator
+of torch's.
+"""
+
+from torch import Tensor
+
+from decomp_kernels import dispatch
+from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.reference import decomposed_linear as reference
+
+
+def merged_weight(
+    weight: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    core: Tensor | None,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    scale: float,
+    impl: str,
+) -> Tensor:
+    """out_scale * (W + scale * up core down) * in_scale, [N, K], rounded once to W's dtype.
+
+    Every implementation computes in float32.  A weight that ``impl`` cannot run on, such as one
+    that was moved to the CPU to be merged, is merged by the definition.
+    """
+    impl = dispatch.named(impl)
+    if impl in dispatch.TRITON_FORMS and dispatch.why_not(weight, impl):
+        impl = "reference"
+    chosen = implementation(weight, impl, reference, reference, "merged_weight")
+    return chosen.merged_weight(weight, down, up, core, in_scale, out_scale, scale)
