@@ -242,7 +242,9 @@ def test_every_kernel_compiles_for_every_architecture(inspected):
 
 def test_bf16_products_run_on_matrix_units(inspected):
     for row in inspected:
-        wanted = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+        wanted = {"gfx942": "mfma"}
+        if row["kernel"] != "decode":  # whose 16 rows are too few for a warp group
+            wanted |= {"sm_90": "wgmma", "sm_100": "tcgen05"}
         assert wanted.get(row["arch"], "mma.sync") in row["matrix"], row
 
 
