@@ -265,7 +265,9 @@ def test_bf16_products_run_on_matrix_units(inspected):
     for row in inspected:
         if row["kernel"] == "scatter":
             continue  # dot products of single columns
-        wanted = {"sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "mfma"}
+        wanted = {"gfx942": "mfma"}
+        if row["kernel"] != "decode":  # whose 16 rows are too few for a warp group
+            wanted |= {"sm_90": "wgmma", "sm_100": "tcgen05"}
         assert wanted.get(row["arch"], "mma.sync") in row["matrix"], row
 
 

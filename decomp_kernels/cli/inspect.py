@@ -167,7 +167,7 @@ def _examined(specimen: Any, entry: dict[str, Any], arch: str) -> dict[str, Any]
     found = [name for name, text in INSTRUCTIONS.items() if re.search(text, assembly)]
     registers, spilled = _resources(compiled, arch)
     narrow = narrow_offsets(compiled.asm["ttir"])
-    described = any(kind.startswith("tensordesc") for kind in specimen.types.values())
+    described = any(str(kind).startswith("tensordesc") for kind in specimen.types.values())
     copies = len(re.findall(TMA, assembly))
     shared, problems = compiled.metadata.shared, []
     if shared > LIMITS[arch]:

@@ -84,13 +84,13 @@ def _kernel(
 
     if _is_last(arrived_ptr + tile, splits, WARPS):
         tl.store(arrived_ptr + tile, 0)  # for the next launch
-        z = _sum(z_part_ptr, place, inside, M * N.to(tl.int64), splits)
+        z = _sum(z_part_ptr, place, inside, M * N, splits)
         if down_ptr is not None:
             for block in range(0, R, BLOCK_R):
                 ranks = block + tl.arange(0, BLOCK_R)
                 both = in_rows[:, None] & (ranks < R)[None, :]
                 spot = rows[:, None] * R + ranks[None, :]
-                total = _sum(t_part_ptr, spot, both, M * R.to(tl.int64), splits)
+                total = _sum(t_part_ptr, spot, both, M * R, splits)
                 kept = narrow(total, t_ptr.dtype.element_ty)
                 if tile == 0:
                     tl.store(t_ptr + spot, kept, mask=both)
@@ -154,9 +154,9 @@ def _is_last(arrived_ptr, programs, WARPS: tl.constexpr):
 def _sum(part_ptr, place, inside, distance, splits):
     """The partials of all shares, first to last; other programs wrote them."""
     total = tl.zeros(place.shape, tl.float32)
-    for split in range(splits):
-        part = part_ptr + split * distance + place
-        total += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
+    for _ in range(splits):
+        total += tl.load(part_ptr + place, mask=inside, other=0.0, cache_modifier=".cg")
+        part_ptr += distance
     return total
 
 
