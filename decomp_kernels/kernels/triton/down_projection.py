@@ -24,7 +24,6 @@ from decomp_kernels.kernels.triton.pieces import activate, dot, keep_mask, narro
 from decomp_kernels.kernels.triton.specimens import DTYPES, Specimen, launch_options, tiles
 from decomp_kernels.reference.dropout import kept_fraction, threshold
 
-
 _ADDING = {"num_warps": 8}  # of the kernel that adds shares: with 4 it spills under Triton 3.6
 
 
