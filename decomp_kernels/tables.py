@@ -58,6 +58,21 @@ def holds(entry: Entry, sizes: dict[str, int]) -> bool:
     return all(sizes.get(limit.removesuffix("_max"), 0) <= most for limit, most in limits)
 
 
+def hidden(entry: Entry, earlier: list[Entry], arch: str) -> bool:
+    """Whether one of the ``earlier`` entries is taken on ``arch`` wherever ``entry`` would fit."""
+    kinds = ("operator", "adapter", "base", "dropout")
+    for other in earlier:
+        as_wide = all(kind not in other or entry.get(kind) == other[kind] for kind in kinds)
+        as_large = all(
+            limit in entry["when"] and entry["when"][limit] <= most
+            for limit, most in other["when"].items()
+        )
+        asks_more = other.get("config", {}).get("DESCRIPTORS", False)
+        if other["arch"] in (arch, "any") and as_wide and as_large and not asks_more:
+            return True
+    return False
+
+
 @cache
 def entries(name: str) -> list[Entry]:
     """The user's entries of table ``name``, then the package's."""

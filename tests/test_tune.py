@@ -13,6 +13,7 @@ import torch
 from decomp_kernels import dispatch, tables
 from decomp_kernels.bench import tiles, tune
 from decomp_kernels.bench.tune import Cell
+from decomp_kernels.cli.inspect import LIMITS
 from decomp_kernels.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -208,3 +209,37 @@ def test_gpu_check_in_its_dry_form(tmp_path):
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
     )  # fmt: skip
     assert again.returncode == 0 and "frozen 1.000" not in again.stdout  # nothing was left to do
+
+
+SHIPPED = sorted(path.stem for path in (ROOT / "decomp_kernels/kernels/configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_entry_can_be_taken_somewhere_and_something_fits_everywhere(name):
+    shipped, archs = tables.shipped(name), list(LIMITS)
+    for number, entry in enumerate(shipped):
+        homes = archs if entry["arch"] == "any" else [entry["arch"]]
+        assert any(not tables.hidden(entry, shipped[:number], arch) for arch in homes), entry
+        assert entry["measured"] is False  # until somebody has
+    huge = dict.fromkeys(("M", "N", "K", "r", "NK", "adapters", "scaled", "dropout"), 10**9)
+    for arch in [*archs, "sm_999"]:
+        for adapter in ("narrow", "float32"):
+            for base in ("narrow", "float32"):
+                plain = lambda entry: not entry.get("config", {}).get("DESCRIPTORS")  # noqa: E731
+                tables.first(name, arch, huge, able=plain, adapter=adapter, base=base)
+
+
+def test_an_entry_is_hidden_by_one_that_is_always_taken_before_it():
+    entry = {"arch": "any", "when": {"M_max": 16}, "base": "float32", "config": {}}
+    for other, expected in (
+        ({"arch": "any", "when": {}}, True),
+        ({"arch": "sm_80", "when": {"M_max": 16}, "base": "float32"}, True),
+        ({"arch": "sm_80", "when": {"M_max": 32}}, True),
+        ({"arch": "sm_80", "when": {"M_max": 8}}, False),
+        ({"arch": "sm_80", "when": {"r_max": 8}}, False),
+        ({"arch": "sm_90", "when": {}}, False),
+        ({"arch": "any", "when": {}, "base": "narrow"}, False),
+        ({"arch": "any", "when": {}, "adapter": "narrow"}, False),
+        ({"arch": "any", "when": {}, "config": {"DESCRIPTORS": True}}, False),
+    ):
+        assert tables.hidden(entry, [other], "sm_80") == expected, other

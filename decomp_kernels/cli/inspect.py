@@ -122,7 +122,8 @@ def _tasks(
 
     for kernel in kernels or KERNELS:
         module = importlib.import_module(f"decomp_kernels.kernels.triton.{kernel}")
-        for number, entry in list(enumerate(tables.shipped(kernel)))[-1 if last_entry else 0 :]:
+        shipped = tables.shipped(kernel)
+        for number, entry in list(enumerate(shipped))[-1 if last_entry else 0 :]:
             found = list(module.specimens(entry["config"]))
             specimens = [
                 specimen
@@ -142,7 +143,8 @@ def _tasks(
                 specimens = list({s.kernel: s for s in specimens}.values())  # the last of each
             for specimen in specimens:
                 for arch in architectures or LIMITS:
-                    if entry["arch"] in ("any", arch):
+                    taken = entry["arch"] in ("any", arch)
+                    if taken and not tables.hidden(entry, shipped[:number], arch):
                         yield kernel, number, specimen.name, arch
 
 

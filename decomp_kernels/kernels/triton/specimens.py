@@ -40,7 +40,8 @@ class Specimen:
 
 
 def is_size(name: str) -> bool:
-    return name in "MNKCR" or name.startswith("stride")
+    """Whether the launcher finds a multiple of 16 where sizes are: shares are whole blocks."""
+    return name in "MNKCR" or name.startswith("stride") or name.endswith("_share")
 
 
 def launch_options(config: dict[str, Any]) -> dict[str, int]:
