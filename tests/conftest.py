@@ -30,6 +30,15 @@ def pytest_xdist_auto_num_workers(config):
 
 
 @pytest.fixture(autouse=True)
+def _on_the_device(request):
+    """Tests of the Triton kernels make their tensors on a GPU where there is one."""
+    on_gpu = torch.cuda.is_available() and request.path.name.startswith("test_triton")
+    torch.set_default_device("cuda" if on_gpu else None)
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
 def _fresh_start():
     torch.manual_seed(0)
     yield

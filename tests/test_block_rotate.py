@@ -12,6 +12,7 @@ from weight_maps import (
     impls,
     largest_temporary,
     layer,
+    order,
     random,
     saved_beyond,
     small_blocks,  # noqa: F401
@@ -50,7 +51,7 @@ def tensors(shape, dtype, permuted=True):
     blocks = torch.eye(b) + random((m, q, b, b), torch.float64, 20, size=0.6)
     made = {"blocks": blocks.to(DTYPES[dtype][1]).requires_grad_()}
     if permuted:
-        orders = [torch.randperm(q * b, generator=generator) for _ in range(m)]
+        orders = [order(q * b, generator) for _ in range(m)]
         made["permutations"] = torch.stack(orders)
     return made
 

@@ -68,10 +68,15 @@ def make(terms, dtype, shape=(3, 5), K=12, N=9, r=4, seed=0):
     }
     wanted = {"x", "weight", *terms} | ({"down", "up"} if "branch" in terms else set())
     return {
-        name: torch.randn(size, generator=gen, dtype=torch.float64).to(kind).requires_grad_()
+        name: _drawn(size, gen).to(kind).requires_grad_()
         for name, (size, kind) in sizes.items()
         if name in wanted
     }
+
+
+def _drawn(size, generator):
+    made = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+    return made.to(torch.get_default_device())
 
 
 def outcome(fn, tensors, dy):
@@ -82,8 +87,7 @@ def outcome(fn, tensors, dy):
 def check_against_formula(tensors, impl, scale=0.7, activation="identity", **options):
     exact = {k: v.detach().double().requires_grad_() for k, v in tensors.items()}
     y_shape = (*tensors["x"].shape[:-1], tensors["weight"].shape[0])
-    dy = torch.randn(y_shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    dy = dy.to(tensors["x"].dtype)
+    dy = _drawn(y_shape, torch.Generator().manual_seed(9)).to(tensors["x"].dtype)
     kept = options.pop("kept", None)
     ours = outcome(
         lambda t: decomposed_linear(**t, scale=scale, activation=activation, impl=impl, **options),

@@ -12,6 +12,7 @@ from weight_maps import (
     impls,
     largest_temporary,
     layer,
+    order,
     random,
     saved_beyond,
     small_blocks,  # noqa: F401
@@ -34,7 +35,7 @@ def dense(W, rows, cols, values):
 
 def tensors(N, K, dtype, count=20):
     """Positions in no order, none twice."""
-    places = torch.randperm(N * K, generator=torch.Generator().manual_seed(4))[:count]
+    places = order(N * K, torch.Generator().manual_seed(4))[:count]
     values = random((len(places),), DTYPES[dtype][1], 20, size=2.0)
     return {"rows": places // K, "cols": places % K, "values": values.requires_grad_()}
 

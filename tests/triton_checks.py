@@ -37,7 +37,7 @@ def kernel(name):
 
 def tensor(*size, dtype, seed):
     gen = torch.Generator().manual_seed(seed)
-    return torch.randn(size, generator=gen, dtype=torch.float64).to(dtype).to(DEVICE)
+    return torch.randn(size, generator=gen, dtype=torch.float64, device="cpu").to(DEVICE, dtype)
 
 
 def mask(rows, cols, seed=SEED, dropout=DROPOUT):

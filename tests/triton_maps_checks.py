@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from triton_checks import DTYPES, agree, kernel, tensor
+from weight_maps import order
 
 from decomp_kernels.factors import BlockRotate, DoubleHadamard, Hadamard, Scatter, SingularDiagonal
 from decomp_kernels.reference import block_rotate as block_rotate_definition
@@ -146,7 +147,7 @@ def singular_diagonal(dtype, k, shape, by_tokens):
 def scatter(dtype, count, shape):
     adapter, W, g, x = sized(dtype, shape)
     N, K, _ = shape
-    places = torch.randperm(N * K, generator=torch.Generator().manual_seed(4))[:count].to(W.device)
+    places = order(N * K, torch.Generator().manual_seed(4))[:count]
     tensors = {
         "rows": places // K,
         "cols": places % K,
@@ -170,7 +171,7 @@ def block_rotate(dtype, blocks, rows, permuted):
     orders = None
     if permuted:
         generator = torch.Generator().manual_seed(3)
-        orders = torch.stack([torch.randperm(K, generator=generator) for _ in range(m)])
+        orders = torch.stack([order(K, generator) for _ in range(m)])
         orders = orders.to(x.device)
 
     def results(module, m, x, gx):

@@ -26,13 +26,20 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES)
 def small_blocks(monkeypatch):
     """Walk in blocks of a few rows, so that the small tensors of a test need many."""
     monkeypatch.setattr(gemm.row_blocks, "__defaults__", (64, None))
-    monkeypatch.setattr(gemm.outer_blocks, "__defaults__", (64, None))
+    monkeypatch.setattr(gemm.outer_blocks, "__defaults__", (64,))
     monkeypatch.setattr(gemm, "OUTER_ELEMENTS", 64)
 
 
 def random(shape, dtype, seed, size=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return (size * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    made = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (size * made).to(torch.get_default_device(), dtype)
+
+
+def order(count, generator):
+    """A random order of ``count`` places."""
+    drawn = torch.randperm(count, generator=generator, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def layer(N, K, dtype, tokens=(3, 5), terms=()):
