@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Container
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -191,3 +192,18 @@ def block_elements(device: torch.device, on_cpu: int) -> int:
 def device_name(device: torch.device) -> str:
     """What the driver calls a GPU; of everything else, its type."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def recording(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded on the device's current stream."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def stream(device: torch.device) -> int:
+    """The device's current stream, 0 where there are none."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current GPU: Triton launches there, wherever its tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -88,7 +88,7 @@ def test_a_recorded_call_has_counters_of_its_own(monkeypatch):
         made.append((count, dtype, device.type))
         return torch.empty(count, dtype=dtype)
 
-    monkeypatch.setattr(decode.torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(decode.torch, "zeros", zeros)
     kept = dict(decode._arrived)
     one, other = (decode._counters(torch.device("cuda", 0), 5) for _ in range(2))
@@ -103,8 +103,8 @@ def test_each_stream_has_its_own_counters(monkeypatch):
 
     zeros = torch.zeros
     monkeypatch.setattr(decode, "_arrived", {})
-    monkeypatch.setattr(decode.torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(decode.torch.cuda, "current_stream", lambda device: Stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
     monkeypatch.setattr(decode.torch, "zeros", lambda count, dtype, device: zeros(count))
     device = torch.device("cuda", 0)
     first = decode._counters(device, 5)

@@ -109,7 +109,7 @@ def test_float64_anywhere_is_refused():
 
 
 def test_a_recorded_call_is_refused(monkeypatch):
-    monkeypatch.setattr(gram.torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="outside the capture of a CUDA graph.*impl='aten'"):
         gram._on_device(torch.ones(1), torch.device("cuda", 0))
 

@@ -33,7 +33,9 @@ def make(dtype, r, shape, terms=TERMS, branch=True):
 
 def exact(given, scale, activation):
     wide = {name: None if value is None else value.double() for name, value in given.items()}
-    return reference.forward(**wide, seed=None, scale=scale, dropout=0.0, activation=activation)
+    return reference.forward(
+        **wide, seed=None, scale=scale, dropout=0.0, activation=activation, keep_z=True
+    )
 
 
 def eager(given, scale, activation):

@@ -42,12 +42,7 @@ MUTANTS = [
     Mutant(FILE, "z rounded before the addend", "            z += tl.load(addend_ptr",
            "            z = narrow(z, tl.bfloat16).to(tl.float32) + tl.load(addend_ptr",
            "precision"),
-    Mutant(FILE, "a coarse gelu", "tl.erf(t * 0.7071067811865476)", "_tanh(t * 0.7978845608)",
-           "activations"),
-    Mutant(FILE, "tanh without its series", "q < 0.16", "q < 0.0", "activations"),
-    Mutant(FILE, "tanh's series too far", "q < 0.16", "q < 1.0", "activations"),
-    Mutant(FILE, "tanh is even", "tl.where(t < 0.0, -far, far)", "far", "activations"),
-    Mutant(FILE, "silu's sign", "tl.exp(-t)", "tl.exp(t)", "activations"),
+    Mutant(FILE, "no phi", "PHI=ACTIVATIONS.index(activation)", "PHI=0", "activations"),
 ]  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decomp_kernels import dispatch
+
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype in which autocast would run a linear of ``x``, None where it would not."""
@@ -18,14 +20,20 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """An operator's body in the dtypes that it says: autocast would make its GEMMs 16-bit."""
+    """An operator's body in the dtypes that it says: autocast would make its GEMMs 16-bit.
+
+    On a GPU that device is the current one inside.
+    """
 
     @wraps(run)
     def body(first: Tensor | list[Tensor], *others: Any) -> Any:
-        device = (first[0] if isinstance(first, list) else first).device.type
-        if not _may_be_on(device):
+        device = (first[0] if isinstance(first, list) else first).device
+        if device.type == "cuda":
+            with dispatch.on(device), no_autocast(device):
+                return run(first, *others)
+        if not _may_be_on(device.type):
             return run(first, *others)
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             return run(first, *others)
 
     return body

@@ -30,4 +30,5 @@ def merged_weight(
     if impl in dispatch.TRITON_FORMS and dispatch.why_not(weight, impl):
         impl = "reference"
     chosen = implementation(weight, impl, reference, reference, "merged_weight")
-    return chosen.merged_weight(weight, down, up, core, in_scale, out_scale, scale)
+    with dispatch.on(weight.device):
+        return chosen.merged_weight(weight, down, up, core, in_scale, out_scale, scale)

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import ACTIVATIONS
 from decomp_kernels.kernels.triton.configurations import configuration
 from decomp_kernels.kernels.triton.pieces import activate, dot, dot_for, narrow
@@ -217,11 +218,9 @@ def _counters(device: torch.device, count: int) -> Tensor:
     Launches of one stream follow one another and share it.  A CUDA graph may run beside any
     stream, so each call that is recorded has its own, zeroed by the graph.
     """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(count, dtype=torch.int32, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
+    if dispatch.recording(device):
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    stream = dispatch.stream(device)
     kept = _arrived.get((device, stream))
     if kept is None or len(kept) < count:
         kept = torch.zeros(max(count, 1024), dtype=torch.int32, device=device)

@@ -166,8 +166,9 @@ def down_projections(
     x = x if x.stride(-1) == 1 else x.contiguous()
     kind, ranks = adapters[0].down.dtype, [adapter.down.shape[0] for adapter in adapters]
     config = configuration(
-        "down_projection", x.device, kind, M=x.shape[0], r=max(ranks), adapters=len(adapters)
-    )
+        "down_projection", x.device, kind, x.dtype,
+        M=x.shape[0], r=max(ranks), adapters=len(adapters),
+    )  # fmt: skip
     found = []
     for first in range(0, len(adapters), config["ADAPTERS"]):
         some = adapters[first : first + config["ADAPTERS"]]

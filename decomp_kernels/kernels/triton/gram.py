@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from decomp_kernels import dispatch
 from decomp_kernels.kernels.triton.configurations import configuration
 from decomp_kernels.kernels.triton.pieces import dot, dot_for, narrow
 from decomp_kernels.kernels.triton.specimens import Specimen, launch_options, tiles
@@ -266,7 +267,7 @@ class _Launch:
         if most == 0:
             return
         table = _on_device(torch.tensor(self.rows, dtype=torch.int64), self.device)
-        with torch.cuda.device_of(table):
+        with dispatch.on(self.device):  # matrices of one call may be on several
             kernel[(len(self.rows) * most,)](
                 table, *arguments, ELEMENT=_DTYPES[self.dtype],
                 LONG_ALIGNED=self.long_aligned, RANK_ALIGNED=self.rank_aligned,
@@ -277,7 +278,7 @@ class _Launch:
 def _on_device(table: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return table
-    if torch.cuda.is_current_stream_capturing():
+    if dispatch.recording(device):
         raise RuntimeError(
             "gram_penalty with impl='triton:passes' must run outside the capture of a CUDA graph, "
             "which would not renew its table of addresses; use impl='aten' there"
