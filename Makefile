@@ -1,6 +1,7 @@
 # make demo        set up, then fine-tune a real encoder with several methods       (results: runs/demo)
 # make test        set up for development, then the test suite
 # make check       lint, format, types, generated documents, wheel and sdist
+# make inspect     every Triton kernel compiled for every architecture, and what of it must hold; needs no GPU
 # make check-all   make check, every test including the full grids, and every Triton kernel compiled for every
 #                  architecture, with the pinned Triton and with the oldest that is supported
 # make bench       time and memory of every method beside PEFT's                    (results: benchmarks/results/cpu)
@@ -25,7 +26,7 @@ OLDEST_TRITON := 3.6.0
 OLDEST_NUMPY := 2.3.5
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check check-all check-oldest-triton bench gpu-check docs clean setup-demo setup-dev
+.PHONY: demo test check check-all check-oldest-triton inspect bench gpu-check docs clean setup-demo setup-dev
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -77,7 +78,7 @@ check-oldest-triton: $(DEV_READY) $(OLDEST)/installed.stamp
 	found = triton.__version__, numpy.__version__; \
 	exit(found != ("$(OLDEST_TRITON)", "$(OLDEST_NUMPY)") and f"not the versions that were asked for: {found}")'
 	PYTHONPATH=$(OLDEST) $(PYTEST) $(TRITON_TESTS) $(PYTEST_ARGS)
-	PYTHONPATH=$(OLDEST) $(ONE_THREAD) $(PY) -m decomp_kernels.cli.main inspect $(INSPECT_ARGS)
+	PYTHONPATH=$(OLDEST) $(ONE_THREAD) $(PY) -m decomp_kernels.cli.main inspect --jobs 2 $(INSPECT_ARGS)
 
 $(OLDEST)/installed.stamp: | $(DEV_READY)
 	rm -rf $(OLDEST)
@@ -89,6 +90,9 @@ bench: $(DEV_READY)
 	$(PY) -m decomp_kernels.cli.main bench layer $(BENCH_ARGS) \
 		--output $(BENCH_RESULTS)/layer.json --picture $(BENCH_RESULTS)/layer.png
 	$(PY) -m decomp_kernels.cli.main bench table $(BENCH_RESULTS)/layer.json --goals benchmarks/goals.json
+
+inspect: $(DEV_READY)
+	$(PY) -m decomp_kernels.cli.main inspect --jobs 2
 
 # The Python at hand: a machine with a GPU has the build of torch that fits it.
 gpu-check:

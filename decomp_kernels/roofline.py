@@ -188,7 +188,7 @@ def _backward(t: Terms, impl: str) -> Iterator[Step]:
     needs_z = t.y if t.out_scale and t.trained_scales else 0
     if triton and (r or sums):
         flops = 2 * M * N * r * (2 if trained else 1) * parts
-        partials = 2 * 4 * M * r * -(-N // 128)
+        partials = min(2 * 4 * M * r * -(-N // 128), t.y)  # u's, or another read of dy
         moved = t.y + needs_z + partials + rank_rows + rank_cols // 2
         yield Step("one pass over dy", flops, moved, t.wide)
     if t.out_scale and not fused:
@@ -218,8 +218,9 @@ def _backward(t: Terms, impl: str) -> Iterator[Step]:
                 yield from _mask(t, "dt A", kept=trained)
         moved = t.x + t.w + t.y + (t.x if r else 0)
         yield Step("base GEMM for dx", t.gemm, moved, t.wide)
-        if t.in_scale:
-            yield Step("dx * in_scale", 0, 2 * t.x + (t.x if t.trained_scales else 0))
+        if t.in_scale:  # in Triton of the pass that dA is from, which reads x already
+            reads_x = t.x if t.trained_scales and not (triton and trained) else 0
+            yield Step("dx * in_scale", 0, 2 * t.x + reads_x)
     if t.weight_map is not None:
         yield Step(f"{t.weight_map}: its gradients", *_map_cost(t, back=True), t.wide)
 

@@ -7,7 +7,7 @@ FILE = "decode"
 MUTANTS = [
     Mutant(FILE, "1 % in the bias", "y += tl.load(bias_ptr", "y += 1.01 * tl.load(bias_ptr",
            "terms"),
-    Mutant(FILE, "1 % in the branch", "ACTIVATION) * scale", "ACTIVATION) * scale * 1.01", "terms"),
+    Mutant(FILE, "1 % in the branch", "PHI) * scale", "PHI) * scale * 1.01", "terms"),
     Mutant(FILE, "no limit on K", "mask=(ks < K)[:, None] & in_cols[None, :]",
            "mask=(ks >= 0)[:, None] & in_cols[None, :]", "gaps"),
     Mutant(FILE, "no limit on K in A", "mask=(ks < K)[:, None] & (ranks < R)",
