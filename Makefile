@@ -78,7 +78,7 @@ check-oldest-triton: $(DEV_READY) $(OLDEST)/installed.stamp
 	found = triton.__version__, numpy.__version__; \
 	exit(found != ("$(OLDEST_TRITON)", "$(OLDEST_NUMPY)") and f"not the versions that were asked for: {found}")'
 	PYTHONPATH=$(OLDEST) $(PYTEST) $(TRITON_TESTS) $(PYTEST_ARGS)
-	PYTHONPATH=$(OLDEST) $(ONE_THREAD) $(PY) -m decomp_kernels.cli.main inspect --jobs 2 $(INSPECT_ARGS)
+	PYTHONPATH=$(OLDEST) $(ONE_THREAD) $(PY) -m decomp_kernels.cli.main inspect --jobs 2 --spills 32 $(INSPECT_ARGS)
 
 $(OLDEST)/installed.stamp: | $(DEV_READY)
 	rm -rf $(OLDEST)

@@ -76,6 +76,10 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     compiled.add_argument("--json", action="store_true")
     compiled.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; default 1")
     compiled.add_argument(
+        "--spills", type=int, default=0, metavar="BYTES",
+        help="what a thread may spill (default: 0); older assemblers spill a few bytes more",
+    )  # fmt: skip
+    compiled.add_argument(
         "--into", type=Path, metavar="FILE.md",
         help="write a summary into this file, between its <!-- inspect --> lines",
     )  # fmt: skip
