@@ -43,7 +43,11 @@ def main() -> int:
     device = torch.device("cpu" if args.dry else "cuda")
     name = "dry" if args.dry else _slug(dispatch.device_name(device))
     folder = args.output or ROOT / ("runs/gpu-check" if args.dry else "benchmarks/results") / name
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        record.check_place(folder / "kernels.json")
+    except OSError as error:
+        print(f"gpu-check: {error}", file=sys.stderr)
+        return 2
     failed = []
     for stage in args.stage or STAGES:
         path = folder / f"{stage}.json"

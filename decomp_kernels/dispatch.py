@@ -75,7 +75,10 @@ def decide(
     if impl != "auto":
         why = why_not(impl) if impl in has else "this operator has no such implementation yet"
         if why:
-            raise RuntimeError(f"impl={impl!r} cannot run: {why}; use impl='aten' or impl='auto'")
+            cure = "use impl='aten' or impl='auto'"
+            if asked == "auto":
+                cure = f"the environment variable {VARIABLE} names it: unset it, or set it to aten"
+            raise RuntimeError(f"impl={impl!r} cannot run: {why}; {cure}")
         source = f"the environment variable {VARIABLE}={impl}"
         return Choice(impl, f"named by {source if asked == 'auto' else f'{impl=}'}")
     if arch == ANY:
@@ -100,7 +103,7 @@ def measured_choice(arch: str, work: Work) -> Choice:
     entry = tables.first(tables.IMPLEMENTATIONS, arch, sizes, **kinds)
     measured = entry["measured"] or None
     if measured is None:
-        return Choice(entry[work.direction], f"nobody has measured this on {arch}: library calls")
+        return Choice("aten", f"nobody has measured this on {arch}: library calls")
     why = f"the fastest on {measured['gpu']}, measured {measured['date']}"
     return Choice(entry[work.direction], why, measured)
 
@@ -115,7 +118,7 @@ def named(impl: str) -> str:
     """``impl``, or the environment variable's in place of ``auto``."""
     check(impl)
     if impl == "auto":
-        impl = os.environ.get(VARIABLE, "auto")
+        impl = os.environ.get(VARIABLE) or "auto"  # an empty one is not set
         check(impl, f"the environment variable {VARIABLE}")
     return impl
 

@@ -5,7 +5,8 @@ operator with its terms, and counts what the small-tensor work around it compute
 """
 
 import copy
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -65,7 +66,15 @@ class Explanation:
     backward: Direction | None  # None where nothing needs a gradient
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """The same as plain values: times in seconds."""
+        made = asdict(self)
+        for name, direction in (("forward", self.forward), ("backward", self.backward)):
+            if direction is not None:
+                made[name]["steps"] = [step._asdict() for step in direction.steps]
+                if direction.runner_up is not None:
+                    impl, seconds = direction.runner_up
+                    made[name]["runner_up"] = {"impl": impl, "seconds": seconds}
+        return made
 
     def __str__(self) -> str:
         return _text(self)
@@ -88,10 +97,17 @@ def explain(
             f"layer must be an adapted linear, got {type(layer).__name__}; take one out of the "
             "model that decomp_kernels.adapt changed, such as model.layers[0].q_proj"
         )
-    if type(tokens) is not int or tokens < 1:
+    if isinstance(tokens, bool) or not hasattr(tokens, "__index__") or tokens < 1:
         raise ValueError(f"tokens must be a whole number of at least 1, got {tokens!r}")
-    if device is not None and device not in GPUS:
-        raise ValueError(f"device must be one of {', '.join(GPUS)}, or None, got {device!r}")
+    tokens = operator.index(tokens)
+    if device is not None:
+        names = {name.lower(): name for name in GPUS}
+        if str(device).lower() not in names:
+            raise ValueError(
+                f"device must be one of {', '.join(GPUS)}, or None for the layer's own device, "
+                f"got {device!r}"
+            )
+        device = names[device.lower()]
     module: Any = layer
     weight = module.base_weight()
     gpu, arch, where = _device(weight.device, device)
@@ -102,17 +118,17 @@ def explain(
         wide = weight.dtype == torch.float64 and impl not in dispatch.EVERYWHERE
         return "its kernels do not take float64" if wide else None
 
-    calls, impl, around = _calls(module, tokens, training)
+    calls, impl, has, around = _calls(module, tokens, training)
     directions = []
     for back in (False, True) if training else (False,):
 
         def decide(terms: Terms, direction: str = "backward" if back else "forward"):
             if impl is None:
-                return dispatch.Choice(PLAIN, "no adapter is active: merged, disabled or none")
+                return dispatch.Choice(PLAIN, _state(module))
             work = _work(terms, direction)
-            return dispatch.decide(impl, dispatch.IMPLS, arch, lambda: work, why_not)
+            return dispatch.decide(impl, has, arch, lambda: work, why_not)
 
-        directions.append(_direction(calls, around[back], decide, why_not, gpu, back))
+        directions.append(_direction(calls, around[back], decide, why_not, gpu, back, has))
     return Explanation(
         _describe(module), tokens, where, gpu.source if gpu else "none known for this device",
         directions[0], directions[1] if training else None,
@@ -126,6 +142,7 @@ def _direction(
     why_not: Callable[[str], str | None],
     gpu: Ceilings | None,
     back: bool,
+    has: Sequence[str],
 ) -> Direction:
     listed = roofline.backward if back else roofline.forward
     choice = decide(calls[0])
@@ -145,8 +162,9 @@ def _direction(
         step for terms in calls[:1] for step in listed(roofline.without_branch(terms), "aten")
     ]
     spent = roofline.seconds(steps, gpu)
-    able = () if choice.impl == PLAIN else CANDIDATES
-    others = [impl for impl in able if impl != costed and why_not(impl) is None]
+    others = [
+        impl for impl in CANDIDATES if impl in has and impl != costed and why_not(impl) is None
+    ]
     times = sorted((roofline.seconds(steps_of(impl), gpu), impl) for impl in others)
     if choice.measured and "relative" in choice.measured:
         relative = choice.measured["relative"]["backward" if back else "forward"]
@@ -164,24 +182,29 @@ def _direction(
     )  # fmt: skip
 
 
-def _calls(module: Any, tokens: int, training: bool) -> tuple[list[Terms], str | None, list[Step]]:
-    """The operator's calls in one forward, the layer's ``impl``, and the work around the calls."""
+def _calls(
+    module: Any, tokens: int, training: bool
+) -> tuple[list[Terms], str | None, tuple[str, ...], list[Step]]:
+    """The operator's calls in one forward, the layer's ``impl`` and those that its method has, and
+    the work around the calls, which is counted as library calls do it.
+    """
     name = module.active_adapter
     weight = module.base_weight()
     N, K = weight.shape
     if name is None or module.disabled or module.merged_adapter is not None:
         plain = Terms(tokens, N, K, element=weight.element_size(), training=training)
-        return [plain], None, [Step("", 0, 0), Step("", 0, 0)]
+        return [plain], None, (), [Step("", 0, 0), Step("", 0, 0)]
     adapter = module.adapters[name]
     if not adapter.initialized:
         raise RuntimeError(f"adapter {name!r} has no values yet; call decomp_kernels.initialize")
-    asked = adapter.method
+    asked, trained_weight = adapter.method, weight.requires_grad
     found: list[Terms] = []
     small: list[Tensor] = []
 
     class Recording(type(asked)):  # type: ignore[misc]
         def apply(self, factors: Factors, base: Base, x: Tensor, dropout: float = 0.0) -> Tensor:
-            found.append(_terms(factors, base, x, dropout, training))
+            terms = _terms(factors, base, x, dropout, training)
+            found.append(replace(terms, trained_weight=trained_weight or terms.trained_weight))
             small.extend(_tensors(factors))
             return x.new_empty((*x.shape[:-1], N)).requires_grad_()
 
@@ -194,7 +217,7 @@ def _calls(module: Any, tokens: int, training: bool) -> tuple[list[Terms], str |
     counted = []
     with _Counting() as counting:
         out = method.forward(ghost, base, x, training)
-    counted.append(Step("the method's own tensors", counting.flops, counting.bytes))
+    counted.append(Step("own tensors, by library calls", counting.flops, counting.bytes))
     made = [t for t in (*small, out) if t.requires_grad and t.grad_fn is not None]
     with _Counting() as counting:
         if made and training:
@@ -202,8 +225,8 @@ def _calls(module: Any, tokens: int, training: bool) -> tuple[list[Terms], str |
                 made, [x, *(p for p in ghost.parameters() if p.requires_grad)],
                 [torch.empty_like(t) for t in made], allow_unused=True,
             )  # fmt: skip
-    counted.append(Step("the method's own tensors", counting.flops, counting.bytes))
-    return found, asked.impl, counted
+    counted.append(Step("own tensors, by library calls", counting.flops, counting.bytes))
+    return found, asked.impl, asked.impls, counted
 
 
 def _terms(factors: Factors, base: Base, x: Tensor, dropout: float, training: bool) -> Terms:
@@ -225,6 +248,7 @@ def _terms(factors: Factors, base: Base, x: Tensor, dropout: float, training: bo
         trained_factors=any(t.requires_grad for t in branch),
         trained_scales=any(t.requires_grad for t in scales),
         trained_bias=factors.bias is not None and factors.bias.requires_grad,
+        trained_weight=factors.weight is not None and factors.weight.requires_grad,
         weight_map=None if weight_map is None else weight_map.op,
         map_size=0 if weight_map is None else _map_size(weight_map),
     )  # fmt: skip
@@ -319,11 +343,31 @@ class _Counting(TorchDispatchMode):
 def _describe(module: Any) -> str:
     N, K = module.base_weight().shape
     name = module.active_adapter
-    state = "no adapter" if name is None else repr(module.adapters[name].method)
-    if module.merged_adapter is not None:
-        state = f"{state}, merged"
+    method = "no adapter" if name is None else repr(module.adapters[name].method)
     dtype = str(module.base_weight().dtype).removeprefix("torch.")
-    return f"{state} on {K} -> {N}, {dtype}"
+    return f"{method} on {K} -> {N}, {dtype}"
+
+
+def _state(module: Any) -> str:
+    """Why the layer is a plain linear now."""
+    if module.active_adapter is None:
+        return "it has no active adapter"
+    if module.merged_adapter is not None:
+        return f"its adapter {module.merged_adapter!r} is merged"
+    return "it is inside dk.disable"
+
+
+def _si(value: float, unit: str) -> str:
+    """Three digits and a prefix: 275 GFLOP."""
+    for prefix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)):
+        if value >= size:
+            return f"{value / size:.3g} {prefix}{unit}" if value < 999.5 * size else (
+                f"{value / size:.0f} {prefix}{unit}")  # fmt: skip
+    return f"0 {unit}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} us"
 
 
 def _text(e: Explanation) -> str:
@@ -332,21 +376,19 @@ def _text(e: Explanation) -> str:
         if d is None:
             continue
         lines += ["", f"{name:<9} {d.impl}: {d.why}"]
-        amount = f"          {d.flops / 1e9:,.1f} GFLOP, {d.bytes / 2**20:,.1f} MiB"
+        amount = f"          {_si(d.flops, 'FLOP')}, {_si(d.bytes, 'B')}"
         if d.seconds is None or d.share_of_roof is None or d.over_frozen is None:
             lines.append(amount)
         else:
             lines.append(
-                f"{amount}, at least {d.seconds * 1e3:.3f} ms: {d.share_of_roof:.0%} of the roof, "
+                f"{amount}, at least {_time(d.seconds)}: {d.share_of_roof:.0%} of the roof, "
                 f"{d.over_frozen:.2f} x the frozen linear"
             )
         if d.runner_up is not None and d.seconds:
             impl, seconds = d.runner_up
             lines.append(f"          runner-up {impl}: {seconds / d.seconds:.2f} x this time")
         for step in d.steps:
-            lines.append(
-                f"            {step.name:<34} {step.flops / 1e9:>10,.1f} GFLOP "
-                f"{step.bytes / 2**20:>10,.1f} MiB"
-            )
+            flops = _si(step.flops, "FLOP")
+            lines.append(f"            {step.name:<34} {flops:>12} {_si(step.bytes, 'B'):>10}")
     lines += ["", f"ceilings: {e.ceilings}", "times are lower bounds by the roofline"]
     return "\n".join(lines)

@@ -87,6 +87,7 @@ class Terms:
     trained_factors: bool = True  # down or up
     trained_scales: bool = True
     trained_bias: bool = False
+    trained_weight: bool = False
     weight_map: str | None = None
     map_size: int = 0  # its rank, its block times the number of factors, or its values
 
@@ -132,6 +133,8 @@ def roof(t: Terms, *, back: bool) -> Step:
     map_flops, _ = _map_cost(t, back)
     if back:
         trained = t.r > 0 and t.trained_factors
+        flops += t.gemm if t.trained_weight else 0
+        moved += t.w if t.trained_weight else 0
         flops += 2 * t.M * t.r * (t.N + t.K) * (2 if trained else 1)
         reads_x = trained or (t.in_scale and t.trained_scales) or t.weight_map is not None
         moved += small * (2 if trained else 1) + (t.x if reads_x else 0)
@@ -221,6 +224,8 @@ def _backward(t: Terms, impl: str) -> Iterator[Step]:
         if t.in_scale:  # in Triton of the pass that dA is from, which reads x already
             reads_x = t.x if t.trained_scales and not (triton and trained) else 0
             yield Step("dx * in_scale", 0, 2 * t.x + reads_x)
+    if t.trained_weight:
+        yield Step("dW", t.gemm, t.x + t.y + t.w, t.wide)
     if t.weight_map is not None:
         yield Step(f"{t.weight_map}: its gradients", *_map_cost(t, back=True), t.wide)
 

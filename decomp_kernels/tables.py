@@ -13,6 +13,7 @@ names into the user's folder; their entries come first.
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,15 +145,40 @@ def _users(name: str) -> list[Entry]:
     return found or []
 
 
+def _sound(entry: Entry, name: str) -> bool:
+    """Whether an entry has what its readers take from it; KeyError and the like also say no."""
+    measured, known = entry["measured"], shipped(name)
+    limits = {limit for other in known for limit in other["when"]} | {"M_max", "NK_max", "r_max"}
+    limits |= {"scaled_max", "dropout_max"}
+    sound = isinstance(entry["arch"], str)
+    for limit, most in entry["when"].items():
+        sound &= limit in limits and type(most) is int and most >= 0
+    if measured is not False:
+        sound &= all(isinstance(measured[what], str) for what in ("gpu", "date"))
+    if name == IMPLEMENTATIONS:
+        for direction in ("forward", "backward"):
+            form = r"aten|(triton|native):(passes|fused)"
+            sound &= re.fullmatch(form, entry[direction]) is not None
+            relative = measured["relative"][direction] if "relative" in (measured or {}) else None
+            if relative is not None:
+                sound &= entry[direction] in relative and all(r > 0 for r in relative.values())
+        return bool(sound)
+    config = entry["config"]
+    sound &= any(set(config) | {"maxnreg"} == set(o["config"]) | {"maxnreg"} for o in known)
+    for what, size in config.items():
+        sound &= isinstance(size, int) and size >= 0
+        if what.startswith(("BLOCK_", "num_warps")):
+            sound &= size > 0 and size & (size - 1) == 0
+    return bool(sound)
+
+
 def _read(path: Path, name: str) -> list[Entry] | None:
     """The entries of a user's table; None where they were made beside another table."""
     try:
         content = json.loads(path.read_text())
         beside, found = content["beside"], content["entries"]
-        sound = content["format"] == FORMAT and all(
-            isinstance(entry["arch"], str) and isinstance(entry["when"], dict) for entry in found
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        sound = content["format"] == FORMAT and all(_sound(entry, name) for entry in found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise ValueError(

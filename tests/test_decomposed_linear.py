@@ -348,3 +348,25 @@ def test_operators_keep_their_precision_inside_autocast(impl):
     with torch.autocast("cpu", torch.bfloat16):
         y = decomposed_linear(**wide, impl=impl)
     assert relative_error(y, formula(wide, 1.0, "identity")) < 1e-13
+
+
+@impls
+def test_a_seed_must_be_an_int64_scalar_there(impl):
+    x, w = torch.randn(4, 6), torch.randn(5, 6)
+    branch = {"down": torch.randn(2, 6), "up": torch.randn(5, 2), "dropout": 0.5, "impl": impl}
+    for seed in (5, torch.tensor(5.0), torch.tensor(5, dtype=torch.int32)):
+        with pytest.raises(TypeError, match="seed must be an int64 tensor such as"):
+            decomposed_linear(x, w, **branch, seed=seed)
+    for seed in (torch.tensor([5]), torch.empty(0, dtype=torch.int64), torch.tensor(5).to("meta")):
+        with pytest.raises(ValueError, match="seed must be a scalar on x's device cpu"):
+            decomposed_linear(x, w, **branch, seed=seed)
+
+
+@impls
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_column_major_addend_leaves_y_row_major(bias, impl):
+    x, w = torch.randn(20, 24), torch.randn(18, 24)
+    addend, b = torch.randn(18, 20).T, torch.randn(18) if bias else None
+    y = decomposed_linear(x, w, b, addend=addend, impl=impl)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, w, b) + addend)

@@ -13,7 +13,7 @@ import torch
 
 from decomp_kernels.bench import layers, record, report
 from decomp_kernels.bench.marked import check_marked, put_into
-from decomp_kernels.bench.shapes import shape
+from decomp_kernels.bench.shapes import positive, shape
 
 SHAPES = [(512, 1024, 1024), (512, 2048, 2048)]
 QUICK = [(64, 256, 256)]
@@ -35,14 +35,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens, in, out; may be repeated (default: 512 tokens at 1024 and 2048)",
     )  # fmt: skip
     layer.add_argument("--dtype", nargs="+", choices=layers.DTYPES, default=["float32", "bfloat16"])
-    layer.add_argument("--rank", type=_positive, default=16)
-    layer.add_argument("--rounds", type=_positive, help="default: 25, with --quick 5")
+    layer.add_argument("--rank", type=positive, default=16)
+    layer.add_argument("--rounds", type=positive, help="default: 25, with --quick 5")
     layer.add_argument(
-        "--processes", type=_positive, default=1,
+        "--processes", type=positive, default=1,
         help="measure all in so many fresh processes, one after another: ratios move with a "
         "process and its heap, and the table then shows their range",
     )  # fmt: skip
-    layer.add_argument("--threads", type=_positive, help="default: PyTorch's own choice")
+    layer.add_argument("--threads", type=positive, help="default: PyTorch's own choice")
     layer.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall",
         help="cpu: the CPU time of the thread, with --threads 1: on a machine that others use too",
@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     """The exit status.  Wrong options and files end in one line on stderr, before any work."""
     try:
         todo = _todo(args) if args.suite == "layer" else []
+        if args.suite == "layer" and args.output is not None:
+            record.check_place(args.output)
         contents = [record.read(path) for path in args.files] if args.suite == "table" else []
         if args.suite == "table" and args.into is not None:
             check_marked(args.into, "layers" if args.goals is None else "goals")
@@ -191,9 +193,3 @@ def _headline(content: dict[str, Any]) -> str:
         f"{protocol['processes']} processes, {known}, commit {(content['commit'] or '?')[:12]}, "
         f"{content['date']}"
     )
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)

@@ -29,6 +29,15 @@ def document(suite: str, protocol: dict[str, Any], rows: list[dict[str, Any]]) -
     }
 
 
+def check_place(path: Path) -> None:
+    """Make the file's folder; raise OSError where no file can be written at ``path``."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def write(path: Path, content: dict[str, Any]) -> None:
     """To a temporary name and renamed: a crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""M,K,N on a command line: tokens, in_features, out_features."""
+"""Sizes on a command line: M,K,N (tokens, in_features, out_features) and counts."""
 
 import argparse
 
@@ -11,3 +11,9 @@ def shape(text: str) -> tuple[int, int, int]:
         )
     M, K, N = map(int, sizes)
     return M, K, N
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)

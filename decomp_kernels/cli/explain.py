@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         adapter = None if args.float32_adapter else dtype
         layer = DecomposedLinear(linear, registry[args.method](**options), dtype=adapter)
         found = explain(layer, M, args.device, training=not args.inference)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise BadInput(str(error)) from None
     print(json.dumps(found.as_dict(), indent=1) if args.json else found)
     return 0

@@ -57,7 +57,7 @@ def _auto() -> str:
     """What ``auto`` runs on the CPU, or why it cannot."""
     try:
         return dispatch.choose(torch.empty(0), has=dispatch.IMPLS)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return f"nothing ({error})"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from decomp_kernels import __version__
-from decomp_kernels.bench.shapes import shape
+from decomp_kernels.bench.shapes import positive, shape
 from decomp_kernels.cli import explain, info, inspect, methods
 from decomp_kernels.cli.errors import BadInput, CheckFailed, Interrupted
 
@@ -43,12 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (BadInput, CheckFailed, Interrupted) as error:
         print(f"decomp-kernels {args.command}: {error}", file=sys.stderr)
         return error.code
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader of a pipe went away, as head does
+            sys.stderr.close()
+            return 0
+        print(f"decomp-kernels {args.command}: {error}", file=sys.stderr)
+        return BadInput.code
     except KeyboardInterrupt:
         print(f"\ndecomp-kernels {args.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe went away, as head does
-        sys.stderr.close()
-        return 0
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -74,7 +77,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     compiled.add_argument("--kernel", action="append", choices=inspect.KERNELS, help="only this")
     compiled.add_argument("--arch", action="append", choices=inspect.LIMITS, help="only this")
     compiled.add_argument("--json", action="store_true")
-    compiled.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; default 1")
+    compiled.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="processes; default 1"
+    )
     compiled.add_argument(
         "--spills", type=int, default=0, metavar="BYTES",
         help="what a thread may spill (default: 0); older assemblers spill a few bytes more",

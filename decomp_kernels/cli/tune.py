@@ -62,6 +62,9 @@ def _run(
     folder: Path,
     measured: dict[str, Any] | None,
 ) -> int:
+    for place in (args.output, folder / "x.json"):
+        if place is not None:
+            record.check_place(place)  # before minutes of measuring
     parts = args.part or PARTS
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     if "tiles" in parts:
@@ -96,7 +99,7 @@ def _tiles(args, device, arch, folder, measured) -> list[dict[str, Any]]:
             if row["gain"] > 1.0:
                 made.append(tiles.entry(row, arch, measured))
         if made:
-            print(f"written: {tables.write(folder, kernel, made)}")
+            _written(args, tables.write(folder, kernel, made))
     return found
 
 
@@ -116,7 +119,7 @@ def _implementations(args, device, arch, folder, measured) -> list[dict[str, Any
             _say(f"  {impl} failed: {why}")
     made = tune.entries(rows, arch, measured)
     if made:
-        print(f"written: {tables.write(folder, tables.IMPLEMENTATIONS, made)}")
+        _written(args, tables.write(folder, tables.IMPLEMENTATIONS, made))
         dispatch.measured_choice.cache_clear()
     return rows
 
@@ -149,7 +152,7 @@ def _tile_cells(args: argparse.Namespace) -> list[Cell]:
 
 
 def _device(args: argparse.Namespace) -> torch.device:
-    if args.rounds < 1 or args.minutes <= 0:
+    if args.rounds < 1 or not 0 < args.minutes < 1e6:
         raise BadInput(
             f"--rounds and --minutes must be positive, got {args.rounds}, {args.minutes}"
         )
@@ -161,6 +164,10 @@ def _device(args: argparse.Namespace) -> torch.device:
     if not torch.cuda.is_available():
         raise BadInput("tune needs a GPU that PyTorch sees; try it without one by --dry")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _written(args: argparse.Namespace, path: Path) -> None:
+    print(f"written: {path.name}, and deleted" if args.dry else f"written: {path}")
 
 
 def _say(text: str) -> None:

@@ -133,6 +133,7 @@ class Method:
     peft: ClassVar[str] = "none"  # the PEFT configuration that computes the same function
     identity_at_start: ClassVar[bool] = True
     full_rank_limit: ClassVar[bool] = False  # True where r above min(N, K) has no meaning
+    impls: ClassVar[tuple[str, ...]] = dispatch.IMPLS  # those that its forward has
     aliases: ClassVar[dict[str, str]] = {}  # further spellings of its options, as ALIASES
 
     impl: str = "auto"
@@ -147,6 +148,11 @@ class Method:
             _check_type(f"{type(self).__name__}({field.name}=...)", getattr(self, field.name),
                         hints[field.name])  # fmt: skip
         dispatch.check(self.impl)
+        if self.impl not in self.impls:
+            raise ValueError(
+                f"{type(self).__name__} has no {self.impl} form: impl must be one of "
+                f"{', '.join(self.impls)}"
+            )
         for option in ("r", "target_r"):
             rank = getattr(self, option, None)
             if rank is not None and rank < 1:

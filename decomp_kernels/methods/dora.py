@@ -7,10 +7,13 @@ The norm is a constant for the gradient (the paper, 4.3) unless norm_grad.  It i
 B A (ops/row_norm.py), in float32, and m is made by the same code, so the start is exact.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, LowRank, method
 from decomp_kernels.ops.dropout import counter_dropout
@@ -68,7 +71,12 @@ class DoRA(LowRank):
         adapter.register_buffer("weight_sq", squared_rows(base.weight), persistent=False)
         adapter.weight_seen = _identity(base.weight)
         adapter.kept_norm = None
-        adapter.magnitude = nn.Parameter(self._norm_now(adapter, base).detach().clone())
+        # On the CPU or on meta a named Triton form cannot run yet.  With B = 0 the norm is that of
+        # W, the same bits by every implementation, so the start stays exact.
+        impl = dispatch.named(self.impl)
+        able = impl == "auto" or dispatch.why_not(base.weight, impl) is None
+        made = self if able else replace(self, impl="aten")
+        adapter.magnitude = nn.Parameter(made._norm_now(adapter, base).detach().clone())
 
     def lower(self, adapter: Adapter, base: Base) -> Factors:
         return Factors(
@@ -119,4 +127,5 @@ def _identity(tensor: Tensor) -> tuple[int, int, torch.dtype]:
     Not with in-place work on ``tensor.data``, which torch does not count: after that, say so with
     ``layer.load_state_dict(layer.state_dict())``.
     """
-    return tensor.data_ptr(), tensor._version, tensor.dtype
+    version = 0 if tensor.is_inference() else tensor._version  # torch counts none of those
+    return tensor.data_ptr(), version, tensor.dtype

@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.ops.kron import kron_linear
@@ -30,6 +31,7 @@ class LoKr(Method):
     citation = "arXiv:2309.14859"
     trains = "a b + c d, or a b + r (c + d), or r (a + b + c + d)"
     peft = "LoKrConfig"
+    impls = ("auto", *dispatch.EVERYWHERE)
 
     r: int = 8
     alpha: float = 8.0

@@ -34,6 +34,7 @@ class SeriesAdapter(Method):
     formula = "z + s phi(z A^T + a) B^T + c,  z = x W^T + b"
     citation = "arXiv:1902.00751"
     trains = "2 r N + r + N"
+    impls = ("auto", *dispatch.EVERYWHERE)
 
     r: int = 8
     scale: float = 1.0

@@ -12,6 +12,20 @@ from decomp_kernels.ops.autocast import autocast_dtype
 from decomp_kernels.reference.dropout import threshold
 
 
+def check_seed(seed: Tensor | None, x: Tensor) -> None:
+    """Raise TypeError or ValueError where a seed of dropout cannot be one."""
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64:
+        got = f"a tensor of {seed.dtype}" if isinstance(seed, Tensor) else repr(seed)
+        raise TypeError(f"seed must be an int64 tensor such as torch.tensor(5), got {got}")
+    if seed.dim() != 0 or seed.device != x.device:
+        raise ValueError(
+            f"seed must be a scalar on x's device {x.device}, got shape {tuple(seed.shape)} on "
+            f"{seed.device}"
+        )
+
+
 def check_arguments(
     x: Tensor,
     weight: Tensor,

@@ -14,7 +14,7 @@ from decomp_kernels.dispatch import Work, dtype_names
 from decomp_kernels.factors import SingularDiagonal, WeightMap
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
-from decomp_kernels.ops.arguments import check_arguments
+from decomp_kernels.ops.arguments import check_arguments, check_seed
 from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
 from decomp_kernels.ops.implementation import implementation
 from decomp_kernels.ops.map_ops import MAP_OPS
@@ -324,6 +324,7 @@ def decomposed_linear(
     check_arguments(
         x, weight, bias, down, up, core, in_scale, out_scale, addend, activation, dropout
     )
+    check_seed(seed, x)
     if save_output and bias is not None and out_scale is not None:
         raise ValueError(
             "save_output=True needs a layer without bias: the gradient of out_scale is taken from "

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import grouped_linear as aten
-from decomp_kernels.ops.arguments import check_arguments
+from decomp_kernels.ops.arguments import check_arguments, check_seed
 from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.dropout import draw_seed
@@ -262,6 +262,7 @@ def _checked(x: Tensor, number: int, layer: Mapping[str, Any]) -> dict[str, Any]
             addend=full.get("addend"),
             **{name: full[name] for name in (*TENSORS[:-1], "activation", "dropout")},
         )
+        check_seed(full["seed"], x)
     except (TypeError, ValueError) as error:
         raise type(error)(f"layers[{number}]: {error}") from None
     if threshold(full["dropout"]) == 0 or full["down"] is None:

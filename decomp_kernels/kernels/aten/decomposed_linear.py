@@ -36,6 +36,7 @@ def forward(
 
     start, t = first_bias, None
     if addend is not None:
+        addend = composition.contiguous(addend)  # y has the layout of what the base GEMM adds to
         start = addend if first_bias is None else addend + first_bias
     if down is not None and up is not None:
         t = composition.project_dropped(x, composition.scaled_down(down, in_scale), seed, dropout)

@@ -44,6 +44,7 @@ def forward(
         ((t, v),) = down_projections(x, [adapter])
         start: Tensor | None = up_expansion(v, up.T, x.dtype, bias=first_bias, addend=addend)
     elif addend is not None:
+        addend = composition.contiguous(addend)
         start = addend.clone() if first_bias is None else addend + first_bias.to(x.dtype)
     else:
         start = None if first_bias is None else first_bias.to(x.dtype)
