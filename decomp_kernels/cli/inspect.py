@@ -128,7 +128,16 @@ def _tasks(
     for kernel in kernels or KERNELS:
         module = importlib.import_module(f"decomp_kernels.kernels.triton.{kernel}")
         shipped = tables.shipped(kernel)
-        for number, entry in list(enumerate(shipped))[-1 if last_entry else 0 :]:
+        taken = {
+            arch: [
+                number
+                for number, entry in enumerate(shipped)
+                if entry["arch"] in ("any", arch)
+                and not tables.hidden(entry, shipped[:number], arch)
+            ][-1 if last_entry else 0 :]
+            for arch in architectures or LIMITS
+        }
+        for number, entry in enumerate(shipped):
             found = list(module.specimens(entry["config"]))
             specimens = [
                 specimen
@@ -147,9 +156,8 @@ def _tasks(
                 specimens = [s for s in specimens if s.name.split()[0] == first]
                 specimens = list({s.kernel: s for s in specimens}.values())  # the last of each
             for specimen in specimens:
-                for arch in architectures or LIMITS:
-                    taken = entry["arch"] in ("any", arch)
-                    if taken and not tables.hidden(entry, shipped[:number], arch):
+                for arch, numbers in taken.items():
+                    if number in numbers:
                         yield kernel, number, specimen.name, arch
 
 
