@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from decomp_kernels.cli import inspect
+
 ROOT = Path(__file__).parent.parent
 TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
@@ -156,3 +158,11 @@ def test_a_method_is_one_file_and_one_test(tmp_path):
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed > 20, done.stdout[-500:]
     assert "skipped" not in done.stdout
+
+
+def test_the_table_of_compilations_has_every_kernel_on_every_architecture():
+    text = (ROOT / "docs" / "triton.md").read_text().split("<!-- inspect -->")[1]
+    assert ", 0 with problems." in text
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d+) of (\d+) \|", text, re.MULTILINE)
+    assert {row[:2] for row in rows} == {(k, a) for k in inspect.KERNELS for a in inspect.LIMITS}
+    assert all(done == asked for _, _, done, asked in rows)
