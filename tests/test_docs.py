@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from decomp_kernels.cli import inspect
+from decomp_kernels.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 TEXTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -166,3 +167,12 @@ def test_the_table_of_compilations_has_every_kernel_on_every_architecture():
     rows = re.findall(r"^\| (\w+) \| (\w+) \| (\d+) of (\d+) \|", text, re.MULTILINE)
     assert {row[:2] for row in rows} == {(k, a) for k in inspect.KERNELS for a in inspect.LIMITS}
     assert all(done == asked for _, _, done, asked in rows)
+
+
+def test_what_explain_prints_is_what_the_document_shows(capsys):
+    text = (ROOT / "docs" / "triton.md").read_text()
+    command, shown = re.search(
+        r"```bash\n(decomp-kernels explain .*?)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL
+    ).groups()
+    assert main(command.split()[1:]) == 0
+    assert capsys.readouterr().out.rstrip() == shown
