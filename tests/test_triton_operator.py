@@ -27,6 +27,7 @@ from decomp_kernels.cli.inspect import KERNELS, LIMITS
 from decomp_kernels.cli.main import main
 from decomp_kernels.factors import ACTIVATIONS
 from decomp_kernels.ops.decomposed_linear import bwd, decomposed_linear, fwd
+from decomp_kernels.ops.kron import kron_linear
 from decomp_kernels.ops.row_norm import bwd as norm_bwd
 from decomp_kernels.ops.row_norm import fwd as norm_fwd
 from decomp_kernels.ops.row_norm import row_norm, squared_rows
@@ -211,11 +212,12 @@ def test_the_environment_variable_chooses_it(impl, monkeypatch):
 
 @forms
 def test_where_it_cannot_run_it_says_why_and_does_not_fall_back(impl, monkeypatch):
-    tensors = make(["branch"], "fp32")
+    with torch.device("cpu"):
+        tensors = make(["branch"], "fp32")
     with pytest.raises(RuntimeError, match="float32, bfloat16 and float16, and x is float64"):
         decomposed_linear(**make(["branch"], "fp64"), impl=impl)
     with pytest.raises(RuntimeError, match="no such implementation yet; use impl='aten'"):
-        dk.DecomposedLinear(nn.Linear(8, 6), dk.methods()["lokr"](impl=impl))(torch.ones(2, 8))
+        kron_linear(torch.ones(2, 4), torch.ones(3, 2), torch.ones(3, 2), impl=impl)
     with pytest.raises(RuntimeError, match="x is on meta"):
         dispatch.choose(torch.ones(1, device="meta"), impl, has=dispatch.IMPLS)
     monkeypatch.setenv(dispatch.INTERPRET, "0")
@@ -229,7 +231,10 @@ def test_where_it_cannot_run_it_says_why_and_does_not_fall_back(impl, monkeypatc
 INSPECT = """
 import json
 from decomp_kernels.cli.inspect import inspect
-print(json.dumps(list(inspect(last_entry=True))))
+import triton
+# The assembler of older ones spills a few bytes more.
+spills = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 32
+print(json.dumps(list(inspect(last_entry=True, spills=spills))))
 """
 
 
