@@ -30,7 +30,6 @@ from decomp_kernels.bench import layers, record, tune
 ROOT = Path(__file__).parent.parent
 TESTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").glob("test_triton*.py"))
 SANITIZED = "tests/test_triton_kernels.py::test_a_rank_above_every_block"
-# In one process each: a crash of the device ends that process alone.
 MINUTES = {"kernels": 8.0, "tune": 8.0, "bench": 8.0}
 REDUCED_MINUTES = {"kernels": 4.0, "tune": 3.0, "bench": 2.5}
 
@@ -64,7 +63,7 @@ def main() -> int:
 
 
 def kernels(args: argparse.Namespace, device: torch.device, path: Path, until: float) -> bool:
-    """Test files one by one in processes of their own, then the sanitizer's tools."""
+    """Test files, each in a process that a crash of the device ends alone; the sanitizer."""
     rows = Rows(path, "gpu-check kernels", args)
     jobs = {str(test): [*PYTEST, str(test)] for test in TESTS}
     if args.full:
@@ -115,7 +114,7 @@ def tuned(args: argparse.Namespace, device: torch.device, path: Path, until: flo
 def bench(args: argparse.Namespace, device: torch.device, path: Path, until: float) -> bool:
     """Layers with LoRA, DoRA and SSB: every implementation, the frozen linear and PEFT."""
     rows = Rows(path, "gpu-check bench", args)
-    impls = tuple(impl for impl in tune.CANDIDATES if not args.dry or impl == tune.LIBRARY)
+    impls = tuple(impl for impl in dispatch.CANDIDATES if not args.dry or impl == tune.LIBRARY)
     rounds = {"rounds": 1, "warmup": 1} if args.dry else {"rounds": 15, "warmup": 4}
     for row in _bench_rows(args):
         name = f"{row.label} r={dict(row.options).get('r', 0)} {row.shape} {row.adapter_dtype}"

@@ -16,6 +16,7 @@ EVERYWHERE = ("reference", "aten")  # what every operator has
 TRITON_FORMS = ("triton:passes", "triton:fused")  # an operator with one form has it under both
 IMPLS = ("auto", *EVERYWHERE, *TRITON_FORMS)
 VARIABLE = "DECOMP_KERNELS_IMPL"
+CANDIDATES = tuple(impl for impl in IMPLS if impl not in ("auto", "reference"))  # of a table
 INTERPRET = "TRITON_INTERPRET"
 ANY = "any"  # the architecture of what is no GPU
 
@@ -110,8 +111,7 @@ def measured_choice(arch: str, work: Work) -> Choice:
 
 def dtype_names(weight: Tensor, small: Tensor) -> tuple[str, str]:
     """The base's and the adapter's dtype as tables have them: float32, or narrow."""
-    base = "float32" if weight.dtype == torch.float32 else "narrow"
-    return base, base if small.dtype == weight.dtype else "float32"
+    return tables.width(weight.dtype == torch.float32), tables.width(small.dtype == torch.float32)
 
 
 def named(impl: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from decomp_kernels import dispatch, roofline
+from decomp_kernels import dispatch, roofline, tables
 from decomp_kernels.factors import (
     BlockRotate,
     DoubleHadamard,
@@ -29,8 +29,6 @@ from decomp_kernels.methods.base import Base
 from decomp_kernels.reference.dropout import threshold
 from decomp_kernels.roofline import GPUS, Ceilings, Step, Terms
 
-# Candidates that a layer could run with; the definition is none.
-CANDIDATES = tuple(impl for impl in dispatch.IMPLS if impl not in ("auto", "reference"))
 PLAIN = "nn.Linear"
 
 
@@ -163,7 +161,9 @@ def _direction(
     ]
     spent = roofline.seconds(steps, gpu)
     others = [
-        impl for impl in CANDIDATES if impl in has and impl != costed and why_not(impl) is None
+        impl
+        for impl in dispatch.CANDIDATES
+        if impl in has and impl != costed and why_not(impl) is None
     ]
     times = sorted((roofline.seconds(steps_of(impl), gpu), impl) for impl in others)
     if choice.measured and "relative" in choice.measured:
@@ -276,8 +276,8 @@ def _tensors(factors: Factors) -> list[Tensor]:
 
 
 def _work(terms: Terms, direction: str) -> dispatch.Work:
-    base = "float32" if terms.element == 4 else "narrow"
-    adapter = "float32" if terms.mixed else base
+    base = tables.width(terms.element == 4)
+    adapter = tables.width(terms.element == 4 or terms.mixed)
     NK = terms.N * terms.K
     return dispatch.Work(
         "decomposed_linear", direction, terms.M, NK, terms.r, base, adapter, terms.dropout

@@ -53,6 +53,11 @@ def fits(entry: Entry, **kinds: str | bool) -> bool:
     return all(entry.get(kind, value) == value for kind, value in kinds.items())
 
 
+def width(float32: bool) -> str:
+    """A dtype as tables have it."""
+    return "float32" if float32 else "narrow"
+
+
 def holds(entry: Entry, sizes: dict[str, int]) -> bool:
     """Whether every limit of the entry holds; a size that is not given is 0."""
     limits = entry["when"].items()

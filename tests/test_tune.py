@@ -201,7 +201,7 @@ def test_gpu_check_in_its_dry_form(tmp_path):
     assert all(entry["code"] == 0 for entry in kernels)
     assert {entry["kernel"] for entry in tuned if entry["part"] == "tiles"} == set(tiles.kernels())
     measured = [entry for entry in tuned if entry["part"] == "implementations"]
-    assert all(set(entry["ratio"]) == set(tune.CANDIDATES) for entry in measured) and measured
+    assert all(set(entry["ratio"]) == set(dispatch.CANDIDATES) for entry in measured) and measured
     assert {entry["method"] for entry in bench} == {"lora", "dora", "ssb"}
     assert all({"frozen", "control", "ours", "peer"} <= set(e["contenders"]) for e in bench)
     again = subprocess.run(

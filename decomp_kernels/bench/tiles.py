@@ -112,11 +112,11 @@ def entry(found: dict[str, Any], arch: str, measured: dict[str, Any] | None) -> 
 
 
 def _adapter(cell: Cell) -> str:
-    return "float32" if cell.wide_adapter or cell.dtype == "float32" else "narrow"
+    return tables.width(cell.wide_adapter or cell.dtype == "float32")
 
 
 def _base(cell: Cell) -> str:
-    return "float32" if cell.dtype == "float32" else "narrow"
+    return tables.width(cell.dtype == "float32")
 
 
 def _contender(

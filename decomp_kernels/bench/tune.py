@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from decomp_kernels import dispatch
+from decomp_kernels import dispatch, tables
 from decomp_kernels.bench import engine, record
 from decomp_kernels.bench.engine import FROZEN, Contender
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 
 LIBRARY = "aten"
-CANDIDATES = tuple(impl for impl in dispatch.IMPLS if impl not in ("auto", "reference"))
 MARGIN = 0.01  # what another implementation must gain
 LAYERS = (  # N, K of Llama-class models of 8 and 70 billion parameters
     (4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096), (8192, 8192), (28672, 8192),
@@ -89,7 +88,7 @@ def cells(
 
 
 def measure(
-    cell: Cell, device: torch.device, *, rounds: int, impls: Sequence[str] = CANDIDATES
+    cell: Cell, device: torch.device, *, rounds: int, impls: Sequence[str] = dispatch.CANDIDATES
 ) -> dict[str, Any]:
     """Ratios to the frozen linear of each implementation, by direction, as the results have them.
 
@@ -149,8 +148,8 @@ def entries(
         entry: dict[str, Any] = {
             "arch": arch, "operator": "decomposed_linear",
             "when": {"M_max": M, "NK_max": NK, "r_max": r},
-            "base": "float32" if float32 else "narrow",
-            "adapter": "float32" if float32 or wide else "narrow",
+            "base": tables.width(float32),
+            "adapter": tables.width(float32 or wide),
             "dropout": dropout,
         }  # fmt: skip
         relative = {}

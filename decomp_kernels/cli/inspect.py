@@ -123,8 +123,6 @@ Task = tuple[str, int, str, str]  # kernel, entry, specimen, architecture
 def _tasks(
     everything: bool, kernels: list[str] | None, architectures: list[str] | None, last_entry: bool
 ) -> Iterator[Task]:
-    from decomp_kernels.kernels.triton.configurations import width
-
     for kernel in kernels or KERNELS:
         module = importlib.import_module(f"decomp_kernels.kernels.triton.{kernel}")
         shipped = tables.shipped(kernel)
@@ -145,8 +143,8 @@ def _tasks(
                 for dtypes in specimen.name.split()[:1]
                 if tables.fits(
                     entry,
-                    adapter=width(dtypes.endswith("fp32")),
-                    base=width(dtypes.startswith("fp32")),
+                    adapter=tables.width(dtypes.endswith("fp32")),
+                    base=tables.width(dtypes.startswith("fp32")),
                 )
                 and tables.holds(entry, specimen.uses)
             ]

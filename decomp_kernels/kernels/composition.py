@@ -175,6 +175,13 @@ def project_dropped(x: Tensor, down: Tensor, seed: Tensor | None, dropout: float
     return t.mul_(1.0 / kept_fraction(dropout))
 
 
+def weight_gradient(g: Tensor, x: Tensor | None, in_scale: Tensor | None) -> Tensor:
+    """dW = g^T X: one more GEMM of the library, for a base weight that is trained."""
+    if x is None:
+        raise RuntimeError("the gradient of the weight was asked for without x")
+    return g.T @ (x if in_scale is None else columns.scale_columns(x, in_scale))
+
+
 def scaled_down(down: Tensor, in_scale: Tensor | None) -> Tensor:
     """The scaled X exists for the base GEMM alone: the branch takes x and scales A instead."""
     return down if in_scale is None else (down * in_scale).to(down.dtype)

@@ -98,8 +98,6 @@ def backward(
         d_x, d_in, _ = columns.scale_columns_backward(
             d_X, x, in_scale, scaled=bool(need.x), summed=bool(need.in_scale), shift=False
         )
-    d_weight = None
-    if need.weight and x is not None:
-        d_weight = g.T @ (x if in_scale is None else columns.scale_columns(x, in_scale))
+    d_weight = composition.weight_gradient(g, x, in_scale) if need.weight else None
     d_addend = g if need.addend else None
     return Gradients(d_x, d_weight, d_bias, d_down, d_up, d_core, d_in, d_out, d_addend)

@@ -25,6 +25,7 @@ from decomp_kernels.kernels import gemm
 from decomp_kernels.kernels.triton.configurations import configuration
 from decomp_kernels.kernels.triton.pieces import dot_for, narrow
 from decomp_kernels.kernels.triton.specimens import DTYPES, Specimen, launch_options, tiles
+from decomp_kernels.kernels.triton.weight_tile import shares_of
 
 # Of rows between two factors: 16 MiB as float32, so that what one launch writes and the next reads
 # is in a level-2 cache of 40 MiB (A100) or more.
@@ -186,12 +187,10 @@ def _gradient(left: Tensor, right: Tensor, m: BlockRotate, j: int) -> Tensor:
     dtype = torch.promote_types(left.dtype, right.dtype)
     config = configuration("block_rotate", left.device, dtype, M=M, r=size)
     width, tasks = _groups(K, size, config["BLOCK_C"])
-    blocks = triton.cdiv(M, config["BLOCK_M"])
-    each = triton.cdiv(blocks, config["SHARES"])
-    shares = triton.cdiv(blocks, each)
+    shares, m_share = shares_of(M, config["BLOCK_M"], config["SHARES"])
     partial = torch.empty(shares, *m.blocks.shape[1:], dtype=torch.float32, device=left.device)
     _gradient_kernel[(tasks * triton.cdiv(width, config["BLOCK_C"]), shares)](
-        left, right, _order(m, j), partial, M, K, width, size, each * config["BLOCK_M"],
+        left, right, _order(m, j), partial, M, K, width, size, m_share,
         left.stride(0), right.stride(0),
         NARROW=m.blocks.dtype != torch.float32, **tiles(config), **launch_options(config),
     )  # fmt: skip

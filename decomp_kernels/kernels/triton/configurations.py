@@ -22,7 +22,10 @@ def configuration(
     **sizes: int,
 ) -> dict[str, Any]:
     """Tile sizes and launch options of ``kernel`` for these sizes on this device."""
-    kinds = {"adapter": width(adapter == torch.float32), "base": width(base == torch.float32)}
+    kinds = {
+        "adapter": tables.width(adapter == torch.float32),
+        "base": tables.width(base == torch.float32),
+    }
     entry = tables.first(
         kernel,
         dispatch.architecture(device),
@@ -31,8 +34,3 @@ def configuration(
         **kinds,
     )
     return entry["config"]
-
-
-def width(float32: bool) -> str:
-    """A dtype as tables have it."""
-    return "float32" if float32 else "narrow"

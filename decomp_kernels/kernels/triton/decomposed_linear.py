@@ -98,15 +98,8 @@ def backward(
         d_x = columns.scale_columns(d_x, in_scale)
     return found._replace(
         x=d_x if need.x else None,
-        weight=weight_gradient(g, x, in_scale) if need.weight else None,
+        weight=composition.weight_gradient(g, x, in_scale) if need.weight else None,
         down=d_down,
         in_scale=d_in if need.in_scale else None,
         addend=g if need.addend else None,
     )
-
-
-def weight_gradient(g: Tensor, x: Tensor | None, in_scale: Tensor | None) -> Tensor:
-    """dW = g^T X: one more GEMM of the library, for a base weight that is trained."""
-    if x is None:
-        raise RuntimeError("the gradient of the weight was asked for without x")
-    return g.T @ (x if in_scale is None else columns.scale_columns(x, in_scale))

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from decomp_kernels.kernels import columns
+from decomp_kernels.kernels import columns, composition
 from decomp_kernels.kernels.triton import decode
 from decomp_kernels.kernels.triton.column_walk import column_walk
-from decomp_kernels.kernels.triton.decomposed_linear import weight_gradient
 from decomp_kernels.kernels.triton.down_projection import Adapter, down_projections
 from decomp_kernels.kernels.triton.fused_forward import fused_forward
 from decomp_kernels.kernels.triton.fused_input_gradient import fused_input_gradient
@@ -93,7 +92,7 @@ def backward(
         g = columns.scale_columns(dy, out_scale)
     return found._replace(
         x=d_x,
-        weight=weight_gradient(g, x, in_scale) if need.weight else None,
+        weight=composition.weight_gradient(g, x, in_scale) if need.weight else None,
         down=d_down,
         in_scale=d_in,
         addend=g if need.addend else None,
