@@ -1,0 +1,9 @@
+// What is compiled for both sides: by a C++ compiler for the host, by nvcc for host and device.
+
+#pragma once
+
+#ifdef __CUDACC__
+#define DK_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define DK_HOST_DEVICE inline
+#endif
