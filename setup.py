@@ -54,7 +54,9 @@ class Plan:
         self.cutlass = self._cutlass() if "90a" in self.archs else None
 
     def _compiler(self) -> str | None:
-        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "")
+        compiler = os.environ.get("CXX") or next(
+            filter(shutil.which, ("c++", "g++", "clang++")), ""
+        )
         needed = {
             "torch": find_spec("torch") and "torch",
             "ninja": shutil.which("ninja") or find_spec("ninja"),
@@ -65,7 +67,9 @@ class Plan:
         if sys.platform != "linux":
             absent = [f"Linux (this is {sys.platform})"]
         if absent:
-            self.missing["host kernels"] = f"missing when the package was built: {', '.join(absent)}"
+            self.missing["host kernels"] = (
+                f"missing when the package was built: {', '.join(absent)}"
+            )
             self.missing["device kernels"] = self.missing["host kernels"]
         return None if absent else compiler
 
@@ -124,13 +128,17 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = (Path(self.build_temp) / "native").resolve()
+        build = (
+            ROOT.resolve() / "build" / "native"
+        )  # kept: what has not changed is not compiled again
         build.mkdir(parents=True, exist_ok=True)
         module.parent.mkdir(parents=True, exist_ok=True)
         library = module.parent / LIBRARY
         (build / "build.ninja").write_text(ninja_file(PLAN, library, module))
         jobs = os.environ.get("MAX_JOBS")
-        ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        ninja = (
+            [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
+        )
         made = subprocess.run(
             [*ninja, "-C", str(build), *(["-j", jobs] if jobs else [])],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
@@ -195,7 +203,9 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
     x86 = "-DDK_X86" if X86 else ""
     cuda = "-DDK_CUDA" if plan.nvcc else ""
     hopper = "-DDK_HOPPER" if plan.cutlass else ""
-    common = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {x86} {cuda} {hopper} {includes}"
+    common = (
+        f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {x86} {cuda} {hopper} {includes}"
+    )
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {plan.compiler}",
@@ -204,8 +214,9 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
         f"abi = -DTORCH_TARGET_VERSION={ABI_MACRO} {torch_includes}",
         "rule cxx\n command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out\n"
         " depfile = $out.d\n deps = gcc",
-        "rule nvcc\n command = $nvcc $flags -MD -MF $out.d -c $in -o $out\n"
-        " depfile = $out.d\n deps = gcc",
+        # What ptxas says of registers and spills is kept beside each object.
+        "rule nvcc\n command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1"
+        " || { cat $out.log; exit 1; }\n depfile = $out.d\n deps = gcc",
         "rule link\n command = $cxx -shared $in -o $out $flags",
     ]
     objects = []
@@ -260,7 +271,9 @@ def _nvcc_flags(plan: Plan, source: Path) -> str | None:
         if plan.cutlass is None:
             return None
         archs = ["90a"]
-        flags = f"-isystem {plan.cutlass / 'include'} -isystem {plan.cutlass / 'tools/util/include'}"
+        flags = (
+            f"-isystem {plan.cutlass / 'include'} -isystem {plan.cutlass / 'tools/util/include'}"
+        )
     for arch in archs:
         number = arch.removesuffix("+PTX")
         code = f"compute_{number}" if arch.endswith("+PTX") else f"sm_{number}"

@@ -159,7 +159,7 @@ def _sound(entry: Entry, name: str) -> bool:
     for limit, most in entry["when"].items():
         sound &= limit in limits and type(most) is int and most >= 0
     if measured is not False:
-        sound &= all(isinstance(measured[what], str) for what in ("gpu", "date"))
+        sound &= all(isinstance(measured[what], str) for what in ("on", "date"))
     if name == IMPLEMENTATIONS:
         for direction in ("forward", "backward"):
             form = r"aten|(triton|native):(passes|fused)"

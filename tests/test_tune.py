@@ -17,7 +17,7 @@ from decomp_kernels.cli.inspect import LIMITS
 from decomp_kernels.cli.main import main
 
 ROOT = Path(__file__).parent.parent
-WHERE = {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-21"}
+WHERE = {"on": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-21"}
 
 
 def row(cell, **medians):

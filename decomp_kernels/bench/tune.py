@@ -177,7 +177,7 @@ def provenance(device: torch.device) -> dict[str, str]:
     """Where and when: what a table entry says of its measurement."""
     versions = record.versions()
     return {
-        "gpu": dispatch.device_name(device),
+        "on": dispatch.device_name(device),
         "torch": versions["torch"],
         "triton": versions.get("triton", "none"),
         "date": datetime.now(UTC).date().isoformat(),

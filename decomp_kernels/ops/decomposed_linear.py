@@ -16,7 +16,7 @@ from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
 from decomp_kernels.ops.arguments import check_arguments, check_seed
 from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.map_ops import MAP_OPS
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import decomposed_linear as reference
@@ -27,7 +27,10 @@ _SHARED = (
     "Tensor weight, Tensor? weight_scale, str weight_format, Tensor? bias, "
     "Tensor? down, Tensor? up, Tensor? core, Tensor? in_scale, Tensor? out_scale, "
 )
-_TRITON = {"triton:passes": "decomposed_linear", "triton:fused": "decomposed_linear_fused"}
+_FILES = files(
+    triton={"triton:passes": "decomposed_linear", "triton:fused": "decomposed_linear_fused"},
+    native={"native:passes": "decomposed_linear", "native:fused": "decomposed_linear_fused"},
+)
 _OPTIONS = "Tensor? seed, float scale, float dropout, str activation, "
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -55,7 +58,7 @@ def _forward(
     matrix = x.dim() == 2
     keep_t, keep_z = keep
     work = _work("forward", x, weight, down, dropout)
-    chosen = implementation(x, impl, reference, aten, _TRITON, work)
+    chosen = implementation(x, impl, reference, aten, _FILES, work)
     y, t, z = chosen.forward(
         x if matrix else x.reshape(-1, K), weight, bias, down, up, core, in_scale, out_scale,
         None if addend is None else addend.reshape(-1, N), seed, scale, dropout, activation,
@@ -74,7 +77,7 @@ def _backward(
     N, K = weight.shape
     matrix = dy.dim() == 2
     work = _work("backward", dy, weight, down, dropout)
-    chosen = implementation(dy, impl, reference, aten, _TRITON, work)
+    chosen = implementation(dy, impl, reference, aten, _FILES, work)
     grads = chosen.backward(
         dy if matrix else dy.reshape(-1, N),
         x if x is None or matrix else x.reshape(-1, K),

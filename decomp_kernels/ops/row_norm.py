@@ -9,9 +9,11 @@ from torch import Tensor
 from decomp_kernels.dispatch import Work, dtype_names
 from decomp_kernels.kernels.aten import row_norm as aten
 from decomp_kernels.ops.autocast import outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import row_norm as reference
+
+_FILES = files(triton="row_norm", native="row_norm")
 
 torch.library.define("decomp_kernels::squared_rows", "(Tensor weight) -> Tensor")
 torch.library.define(
@@ -71,7 +73,7 @@ def _implementation(weight: Tensor, down: Tensor, direction: str, impl: str):
         dtypes = dtype_names(weight, down)
         return Work("row_norm", direction, M, weight.numel(), r, *dtypes)
 
-    return implementation(weight, impl, reference, aten, "row_norm", work)
+    return implementation(weight, impl, reference, aten, _FILES, work)
 
 
 squared_rows = torch.ops.decomp_kernels.squared_rows.default
