@@ -1,4 +1,4 @@
-"""Builds the native library of csrc/ where this machine can; all else is declared in pyproject.toml.
+"""Builds the native library of csrc/ where this machine can; the rest is in pyproject.toml.
 
 Optional: what cannot be built is left out, the install succeeds, and decomp_kernels/kernels/native/
 build.json says what was built and what is missing (``decomp-kernels info`` shows it).
@@ -6,8 +6,8 @@ build.json says what was built and what is missing (``decomp-kernels info`` show
     pip install .                          pure Python: the build's own environment holds no torch
     pip install --no-build-isolation .     host kernels, with a C++20 compiler, ninja and pybind11
     DECOMP_KERNELS_CUDA_ARCHS="80;90a" pip install --no-build-isolation .
-                                           and the device kernels, with nvcc 12.4 or newer.  Not set:
-                                           those of the GPUs at hand.  "80+PTX" adds PTX; "": none
+                                           and the device kernels, with nvcc.  Not set: those of
+                                           the GPUs at hand.  "80+PTX" adds PTX; "": none
     MAX_JOBS=4                             compilations at a time
 """
 
@@ -40,6 +40,7 @@ LEVELS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
 LEVELS["avx512_bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
+DEPENDENCIES = "\n depfile = $out.d\n deps = gcc"
 HOPPER = "hopper_"  # files of that name hold instructions that sm_90a alone has
 
 
@@ -212,11 +213,10 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
         f"nvcc = {plan.nvcc or 'nvcc'}",
         f"common = {common}",
         f"abi = -DTORCH_TARGET_VERSION={ABI_MACRO} {torch_includes}",
-        "rule cxx\n command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out\n"
-        " depfile = $out.d\n deps = gcc",
+        f"rule cxx\n command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out{DEPENDENCIES}",
         # What ptxas says of registers and spills is kept beside each object.
-        "rule nvcc\n command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1"
-        " || { cat $out.log; exit 1; }\n depfile = $out.d\n deps = gcc",
+        "rule nvcc\n command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 "
+        f"|| {{ cat $out.log; exit 1; }}{DEPENDENCIES}",
         "rule link\n command = $cxx -shared $in -o $out $flags",
     ]
     objects = []
@@ -282,7 +282,7 @@ def _nvcc_flags(plan: Plan, source: Path) -> str | None:
 
 
 def _cuda_home(nvcc: str) -> Path:
-    """Where nvcc's headers and libraries are; the nvcc on the PATH may be a script that calls it."""
+    """Where nvcc's headers and libraries are; what is on the PATH may be a script that calls it."""
     asked = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
     said = subprocess.run(asked, capture_output=True, text=True, check=True).stderr
     return Path(re.findall(r"TOP=(\S+)", said)[0]).resolve()

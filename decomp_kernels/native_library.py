@@ -86,7 +86,8 @@ def build_info() -> dict[str, str] | None:
     if not path.exists():
         return None
     spec = spec_from_file_location("build_info", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.build_info()

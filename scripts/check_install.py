@@ -3,11 +3,11 @@
     isolated      pip install .                             pure Python, no torch in the build
     no-compiler   pip install --no-build-isolation .        with a PATH that holds no compiler
     compiler      the same                                  with a C++ compiler, without nvcc
-    nvcc          the same, DECOMP_KERNELS_CUDA_ARCHS set   every device kernel, for every architecture
+    nvcc          the same, DECOMP_KERNELS_CUDA_ARCHS set   every device kernel for these GPUs
 
-Each builds a wheel, unpacks it, and asks the copy what it has and whether its library loads and runs
-on this machine.  Of the last one the register and spill counts that ptxas printed are read: no kernel
-may spill.  It also looks for symbols that would keep the library from loading where there is no GPU.
+Each builds a wheel, unpacks it, and asks the copy what it has, and whether its library loads and
+runs on this machine.  Of the last one the spill counts that ptxas printed are read: no kernel may
+spill.  It also looks for symbols that would keep the library from loading where there is no GPU.
 """
 
 import argparse

@@ -14,9 +14,7 @@ LAYERS = [
         "roofline": "what an implementation computes and moves at the least",
     },
     {"reference": "the definition of each operator and its gradients, plainly"},
-    {
-        "kernels": "fast implementations; aten: of library calls; triton, native: of Triton kernels and of those of csrc/"
-    },
+    {"kernels": "fast implementations: aten, of library calls; triton; native, of csrc/"},
     {"ops": "schema, fake, autograd, public function: one file an operator"},
     {"methods": "LoRA, DoRA, SSB, ...: one file a method, found by a registry"},
     {
@@ -50,8 +48,8 @@ PEERS = {
     ("making", "targets"),
 }
 
-# The library calls that every implementation is made of; other kernel files stay apart, but for the
-# files of kernels/triton and kernels/native among themselves: a composition there is made of theirs.
+# The library calls that every implementation is made of; other kernel files stay apart, but for those
+# of kernels/triton and of kernels/native among themselves: a composition there is made of theirs.
 SHARED_KERNELS = {"gemm", "columns", "mask", "composition", "over_dy"}
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from native import built, dtypes, level, place  # noqa: F401 - fixtures
+from native_places import built, dtypes
 from test_decomposed_linear import (
     NAMES,
     OPTIONAL,
@@ -226,8 +226,8 @@ def test_without_a_library_auto_is_library_calls(monkeypatch):
     monkeypatch.setattr(native_library, "cpu_level", lambda: None)
     choice = dispatch.decide("auto", dispatch.IMPLS, dispatch.ANY, None, lambda form: None)
     assert choice.impl == "aten"
-    assert choice.why == "library calls: the native library was not built"
-    with pytest.raises(RuntimeError, match="cannot run: the native library was not built; use"):
+    assert choice.why == "library calls: the native library is missing"
+    with pytest.raises(RuntimeError, match="cannot run: the native library is missing; use"):
         decomposed_linear(**make(["branch"], "fp32"), impl="native:passes")
 
 

@@ -31,20 +31,3 @@ def levels():
         return []
     best = LEVELS.index(native_library.cpu_level())
     return list(LEVELS[: best + 1])
-
-
-@pytest.fixture(params=PLACES, ids=lambda place: f"{place[1]}-{place[0]}")
-def place(request):
-    """(device, impl), the device being the default one."""
-    torch.set_default_device(request.param[0])
-    yield request.param
-    torch.set_default_device(None)
-
-
-@pytest.fixture(params=levels())
-def level(request):
-    """Host kernels at each instruction set that this processor has."""
-    best = native_library.cpu_level()
-    native_library.set_cpu_level(request.param)
-    yield request.param
-    native_library.set_cpu_level(best)
