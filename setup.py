@@ -9,6 +9,7 @@ build.json says what was built and what is missing (``decomp-kernels info`` show
                                            and the device kernels, with nvcc.  Not set: those of
                                            the GPUs at hand.  "80+PTX" adds PTX; "": none
     MAX_JOBS=4                             compilations at a time
+    CXX, CXXFLAGS, LDFLAGS                 as ever
 """
 
 import json
@@ -40,7 +41,10 @@ LEVELS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
 LEVELS["avx512_bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
+CXXFLAGS, LDFLAGS = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")
 DEPENDENCIES = "\n depfile = $out.d\n deps = gcc"
+# What ptxas says of registers and spills is kept beside each object.
+NVCC = "$nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }"
 HOPPER = "hopper_"  # files of that name hold instructions that sm_90a alone has
 
 
@@ -211,12 +215,10 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
         "ninja_required_version = 1.5",
         f"cxx = {plan.compiler}",
         f"nvcc = {plan.nvcc or 'nvcc'}",
-        f"common = {common}",
+        f"common = {common} {CXXFLAGS}",
         f"abi = -DTORCH_TARGET_VERSION={ABI_MACRO} {torch_includes}",
         f"rule cxx\n command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out{DEPENDENCIES}",
-        # What ptxas says of registers and spills is kept beside each object.
-        "rule nvcc\n command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 "
-        f"|| {{ cat $out.log; exit 1; }}{DEPENDENCIES}",
+        f"rule nvcc\n command = {NVCC}{DEPENDENCIES}",
         "rule link\n command = $cxx -shared $in -o $out $flags",
     ]
     objects = []
@@ -243,7 +245,7 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
                 warn = "--compiler-options -fPIC,-fvisibility=hidden"
                 flags = f"-std=c++20 -O3 {hopper} {includes} {warn} --expt-relaxed-constexpr {own}"
                 compile_(source, f"cuda_{source.stem}", "nvcc", flags)
-    against = f"-Wl,--as-needed -L{torch_home / 'lib'} -ltorch_cpu -ltorch"
+    against = f"{LDFLAGS} -Wl,--as-needed -L{torch_home / 'lib'} -ltorch_cpu -ltorch"
     if cuda_home:
         folders = [folder for name in ("lib64", "lib") if (folder := cuda_home / name).is_dir()]
         against += f" -L{folders[0]} -lcudart_static -lrt -ldl -lpthread"

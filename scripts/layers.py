@@ -48,8 +48,8 @@ PEERS = {
     ("making", "targets"),
 }
 
-# The library calls that every implementation is made of; other kernel files stay apart, but for those
-# of kernels/triton and of kernels/native among themselves: a composition there is made of theirs.
+# The library calls that every implementation is made of; other kernel files stay apart.  But those
+# of kernels/triton and of kernels/native are among themselves: a composition is made of theirs.
 SHARED_KERNELS = {"gemm", "columns", "mask", "composition", "over_dy"}
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
