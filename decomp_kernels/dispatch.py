@@ -34,6 +34,7 @@ class Work(NamedTuple):
     base: str  # dtype of x and W
     adapter: str  # float32, or narrow as the base is
     dropout: bool = False
+    scaled: bool = False  # by out_scale
 
 
 class Choice(NamedTuple):
@@ -105,7 +106,7 @@ def measured_choice(arch: str, work: Work) -> Choice:
     sizes = {"M": work.M, "NK": work.NK, "r": work.r}
     kinds: dict[str, Any] = {
         "operator": work.operator, "base": work.base, "adapter": work.adapter,
-        "dropout": work.dropout,
+        "dropout": work.dropout, "scaled": work.scaled,
     }  # fmt: skip
     entry = tables.first(tables.IMPLEMENTATIONS, arch, sizes, **kinds)
     measured = entry["measured"] or None

@@ -66,7 +66,7 @@ def holds(entry: Entry, sizes: dict[str, int]) -> bool:
 
 def hidden(entry: Entry, earlier: list[Entry], arch: str) -> bool:
     """Whether one of the ``earlier`` entries is taken on ``arch`` wherever ``entry`` would fit."""
-    kinds = ("operator", "adapter", "base", "dropout")
+    kinds = ("operator", "adapter", "base", "dropout", "scaled")
     for other in earlier:
         as_wide = all(kind not in other or entry.get(kind) == other[kind] for kind in kinds)
         as_large = all(

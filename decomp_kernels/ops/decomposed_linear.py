@@ -4,6 +4,7 @@ Formula and gradients: reference/decomposed_linear.py.  Tensors may have any lea
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def _forward(
     N, K = weight.shape
     matrix = x.dim() == 2
     keep_t, keep_z = keep
-    work = _work("forward", x, weight, down, dropout)
+    work = _work("forward", x, weight, down, out_scale, dropout)
     chosen = implementation(x, impl, reference, aten, _FILES, work)
     y, t, z = chosen.forward(
         x if matrix else x.reshape(-1, K), weight, bias, down, up, core, in_scale, out_scale,
@@ -76,7 +77,7 @@ def _backward(
     """Gradients: each in its tensor's shape and dtype, None where it is not asked for."""
     N, K = weight.shape
     matrix = dy.dim() == 2
-    work = _work("backward", dy, weight, down, dropout)
+    work = _work("backward", dy, weight, down, out_scale, dropout)
     chosen = implementation(dy, impl, reference, aten, _FILES, work)
     grads = chosen.backward(
         dy if matrix else dy.reshape(-1, N),
@@ -99,14 +100,24 @@ def _backward(
     return grads
 
 
-def _work(direction: str, rows: Tensor, weight: Tensor, down: Tensor | None, dropout: float):
-    """What ``auto`` looks up on a GPU, made where it does."""
+def _work(
+    direction: str,
+    rows: Tensor,
+    weight: Tensor,
+    down: Tensor | None,
+    out_scale: Tensor | None,
+    dropout: float,
+) -> Callable[[], Work]:
+    """What ``auto`` looks up, made where it does."""
 
     def work() -> Work:
         r = 0 if down is None else down.shape[0]
         M = rows.numel() // max(rows.shape[-1], 1)
         dtypes = dtype_names(weight, weight if down is None else down)
-        return Work("decomposed_linear", direction, M, weight.numel(), r, *dtypes, dropout > 0.0)
+        return Work(
+            "decomposed_linear", direction, M, weight.numel(), r, *dtypes, dropout > 0.0,
+            out_scale is not None,
+        )  # fmt: skip
 
     return work
 
