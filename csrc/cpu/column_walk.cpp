@@ -73,12 +73,13 @@ void walk_unit(const ColumnWalk& walk, int64_t unit, float* memory) {
   if (p) clear(p, cols);
   if (s) clear(s, cols);
   if (walk.right) {
-    Panels<Kind>::small(static_cast<const S*>(walk.right) + col0 * r, cols, r, padded,
+    Panels<Kind>::small(static_cast<const S*>(walk.right) + col0 * r, r, cols, r, padded,
                         scratch.right);
     clear(scratch.u, up_to(rows, kTileRows) * padded);
   }
   if (walk.left) {
-    Panels<Kind>::small(static_cast<const S*>(walk.left) + row0 * r, rows, r, padded, scratch.left);
+    Panels<Kind>::small(static_cast<const S*>(walk.left) + row0 * r, r, rows, r, padded,
+                        scratch.left);
     clear(scratch.c, up_to(cols, kTileRows) * padded);
   }
   for (int64_t j = 0; j < cols; j += kPanelCols) {

@@ -64,12 +64,30 @@ inline void panel_of_floats(const T* big, int64_t width, int64_t rows, int64_t c
     for (int64_t j = 0; j < whole; j += kLanes) store(panel + j, zero());
 }
 
-// rows [count, r] of a small operand as floats [count, padded].
+// [count, r] of a small operand, whose rows are ``stride`` apart, as floats [count, padded].
 template <typename T>
-inline void small_floats(const T* small, int64_t count, int64_t r, int64_t padded, float* out) {
-  for (int64_t k = 0; k < count; ++k, small += r, out += padded)
+inline void small_floats(const T* small, int64_t stride, int64_t count, int64_t r, int64_t padded,
+                         float* out) {
+  for (int64_t k = 0; k < count; ++k, small += stride, out += padded)
     for (int64_t j = 0; j < padded; j += kLanes)
       store(out + j, floats_at(small, j, r));
+}
+
+// columns [r, count] of a small operand whose rows are ``stride`` apart, transposed: floats
+// [count, padded].
+template <typename T>
+inline void transposed_floats(const T* small, int64_t stride, int64_t r, int64_t count,
+                              int64_t padded, float* out) {
+  for (int64_t j = 0; j < r; ++j)
+    for (int64_t k = 0; k < count; ++k) out[k * padded + j] = to_float(small[j * stride + k]);
+  for (int64_t k = 0; k < count; ++k) clear(out + k * padded + r, padded - r);
+}
+
+// [rows, count] of a small operand as the broadcast side: [rows up to kTileRows, line].
+template <typename T>
+inline void small_rows(const T* small, int64_t rows, int64_t count, int64_t line, float* out) {
+  small_floats(small, count, rows, count, line, out);
+  clear(out + rows * line, (up_to(rows, kTileRows) - rows) * line);
 }
 
 #ifdef DK_PAIRS
@@ -114,20 +132,43 @@ inline void panel_of_column_pairs(const bf16* big, int64_t width, int64_t rows, 
     }
 }
 
-// rows [count, r] of a small operand as pairs along count, [ceil(count / 2), padded].
-inline void small_pairs(const bf16* small, int64_t count, int64_t r, int64_t padded, float* out) {
-  for (int64_t k = 0; k < count; k += 2, small += 2 * r, out += padded)
+// The same as pairs along count, [ceil(count / 2), padded].
+inline void small_pairs(const bf16* small, int64_t stride, int64_t count, int64_t r, int64_t padded,
+                        float* out) {
+  for (int64_t k = 0; k < count; k += 2, small += 2 * stride, out += padded)
     for (int64_t j = 0; j < padded; j += 16) {
       __m512i pairs = _mm512_setzero_si512();
       if (j < r) {
         pairs = halves_at(small, j, r);
         if (k + 1 < count)
-          pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(halves_at(small + r, j, r), 16));
+          pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(halves_at(small + stride, j, r), 16));
       }
       _mm512_storeu_si512(out + j, pairs);
     }
 }
 
+// The broadcast side as pairs along count.
+inline void small_row_pairs(const bf16* small, int64_t rows, int64_t count, int64_t line,
+                            float* out) {
+  for (int64_t i = 0; i < rows; ++i, small += count, out += line)
+    for (int64_t j = 0; j < count; j += 32) {
+      const __mmask32 there = j + 32 <= count ? ~0u : (1u << (count - j)) - 1u;
+      _mm512_storeu_si512(out + j / 2, _mm512_maskz_loadu_epi16(there, small + j));
+    }
+  clear(out, (up_to(rows, kTileRows) - rows) * line);
+}
+
+// Transposed, as pairs along count: [ceil(count / 2), padded].
+inline void transposed_pairs(const bf16* small, int64_t stride, int64_t r, int64_t count,
+                             int64_t padded, float* out) {
+  for (int64_t j = 0; j < r; ++j)
+    for (int64_t k = 0; k < count; k += 2) {
+      const uint32_t high = k + 1 < count ? small[j * stride + k + 1].bits : 0;
+      const uint32_t pair = high << 16 | small[j * stride + k].bits;
+      memcpy(out + k / 2 * padded + j, &pair, sizeof pair);
+    }
+  for (int64_t k = 0; k < count; k += 2) clear(out + k / 2 * padded + r, padded - r);
+}
 #endif
 
 // The forms by kind, so that an operator is written once.
@@ -147,8 +188,18 @@ struct Panels<Singles> {
     panel_of_floats(big, width, rows, cols, mask, panel);
   }
   template <typename S>
-  static void small(const S* small, int64_t count, int64_t r, int64_t padded, float* out) {
-    small_floats(small, count, r, padded, out);
+  static void small(const S* small, int64_t stride, int64_t count, int64_t r, int64_t padded,
+                    float* out) {
+    small_floats(small, stride, count, r, padded, out);
+  }
+  template <typename S>
+  static void transposed(const S* small, int64_t stride, int64_t r, int64_t count, int64_t padded,
+                         float* out) {
+    transposed_floats(small, stride, r, count, padded, out);
+  }
+  template <typename S>
+  static void small_as_rows(const S* small, int64_t rows, int64_t count, int64_t line, float* out) {
+    small_rows(small, rows, count, line, out);
   }
 };
 
@@ -163,8 +214,17 @@ struct Panels<Pairs> {
                       const PanelMask* mask, float* panel) {
     panel_of_column_pairs(big, width, rows, cols, mask, panel);
   }
-  static void small(const bf16* small, int64_t count, int64_t r, int64_t padded, float* out) {
-    small_pairs(small, count, r, padded, out);
+  static void small(const bf16* small, int64_t stride, int64_t count, int64_t r, int64_t padded,
+                    float* out) {
+    small_pairs(small, stride, count, r, padded, out);
+  }
+  static void transposed(const bf16* small, int64_t stride, int64_t r, int64_t count, int64_t padded,
+                         float* out) {
+    transposed_pairs(small, stride, r, count, padded, out);
+  }
+  static void small_as_rows(const bf16* small, int64_t rows, int64_t count, int64_t line,
+                            float* out) {
+    small_row_pairs(small, rows, count, line, out);
   }
 };
 #endif

@@ -31,13 +31,14 @@ inline constexpr int kTileRows = 8;
 
 // R x J accumulators: eight at least, so that the latency of one step is hidden by the others, and
 // few enough for the 32 or 16 registers of the level.
-template <typename Kind, int R, int J, int A_ROW, int A_K>
+template <typename Kind, bool kAdd, int R, int J, int A_ROW, int A_K>
 inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t count,
                  float* out, int64_t out_row) {
   const int64_t row = A_ROW ? A_ROW : a_row;
   Floats acc[R][J];
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < J; ++j) acc[i][j] = load(out + i * out_row + j * kLanes);
+    for (int j = 0; j < J; ++j)
+      acc[i][j] = kAdd ? load(out + i * out_row + j * kLanes) : zero();
 #pragma GCC unroll 2
   for (int64_t k = 0; k < count; ++k) {
     Floats vectors[J];
@@ -53,8 +54,9 @@ inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, i
     for (int j = 0; j < J; ++j) store(out + i * out_row + j * kLanes, acc[i][j]);
 }
 
+// kAdd = false: out = instead of out +=.
 // rows: rounded up to kTileRows here; ``a`` and ``out`` have that many.  A_ROW = 0: a_row instead.
-template <typename Kind, int A_ROW, int A_K>
+template <typename Kind, int A_ROW, int A_K, bool kAdd = true>
 inline void product(const float* a, int64_t a_row, int64_t rows, const float* b, int64_t b_row,
                     int64_t vectors, int64_t count, float* out, int64_t out_row) {
   constexpr int kWide = kLanes == 16 ? 4 : 2;
@@ -67,13 +69,13 @@ inline void product(const float* a, int64_t a_row, int64_t rows, const float* b,
       const float* small = b + j * kLanes;
       if (taken == kWide) {
         constexpr int R = 4;
-        tile<Kind, R, kWide, A_ROW, A_K>(from, a_row, small, b_row, count, to, out_row);
-        tile<Kind, R, kWide, A_ROW, A_K>(from + R * row, a_row, small, b_row, count,
+        tile<Kind, kAdd, R, kWide, A_ROW, A_K>(from, a_row, small, b_row, count, to, out_row);
+        tile<Kind, kAdd, R, kWide, A_ROW, A_K>(from + R * row, a_row, small, b_row, count,
                                          to + R * out_row, out_row);
       } else if (taken == 2) {
-        tile<Kind, kTileRows, 2, A_ROW, A_K>(from, a_row, small, b_row, count, to, out_row);
+        tile<Kind, kAdd, kTileRows, 2, A_ROW, A_K>(from, a_row, small, b_row, count, to, out_row);
       } else {
-        tile<Kind, kTileRows, 1, A_ROW, A_K>(from, a_row, small, b_row, count, to, out_row);
+        tile<Kind, kAdd, kTileRows, 1, A_ROW, A_K>(from, a_row, small, b_row, count, to, out_row);
       }
     }
     j += taken;
