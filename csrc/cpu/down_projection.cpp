@@ -44,7 +44,7 @@ struct Project {
   // flatten: what it calls is compiled into it, for this level.
   __attribute__((flatten)) static void finish(const DownProjection& args, int64_t row, float* t) {
     const int64_t r = args.r;
-    const S* core = static_cast<const S*>(args.core);
+    const float* core = args.core;
     S* const out = static_cast<S*>(args.t) + row * r;
     S* const v = static_cast<S*>(args.v);
     for (int64_t j = 0; j < r; j += kLanes) {

@@ -19,7 +19,7 @@ inline constexpr int64_t kProjectRows = 64;
 struct DownProjection {
   const void* x;     // [M, K]
   const void* down;  // [r, K]
-  const void* core;  // [r], the dtype of down, or null
+  const float* core;  // [r] or null
   float* packed;     // [K, padded rank], or half of that in pairs
   void* t;           // [M, r], the dtype of down
   void* v;           // the same, or null

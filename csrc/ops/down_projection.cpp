@@ -1,6 +1,6 @@
 // The way into the rank:   t = drop(x) down^T / kept fraction      v = phi(t) * core * scale
 //
-//     x [M, K]   down [r, K]   core [r]   t, v [M, r] in down's dtype
+//     x [M, K]   down [r, K]   core [r] float32   t, v [M, r] in down's dtype
 //
 // v comes from t before its rounding.  Where it would be t itself (no core, scale 1, identity) it is
 // an empty tensor.
@@ -47,7 +47,7 @@ struct Call {
     x_dtype = checks.floating(x, "x", false);
     small_dtype = checks.floating(down, "down", false);
     checks.tensor(core, "core", {r});
-    checks.dtype(core, "core", down.scalar_type());
+    checks.dtype(core, "core", ScalarType::Float);
     dropout = checked_dropout(checks, seed, p);
     activation = activation_of(checks, phi);
     has_v = core || scale != 1.0 || activation != Activation::kIdentity;
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> down_projection(Tensor x, Tensor down, OptionalTensor
   cpu::DownProjection args{};
   args.x = x.const_data_ptr();
   args.down = down.const_data_ptr();
-  args.core = pointer(core);
+  args.core = float_pointer(core);
   args.t = t.mutable_data_ptr();
   args.v = call.has_v ? v.mutable_data_ptr() : nullptr;
   args.M = call.M;
