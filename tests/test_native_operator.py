@@ -221,9 +221,7 @@ def test_where_it_cannot_run_it_says_why_and_does_not_fall_back():
 
 
 def test_without_a_library_auto_is_library_calls(monkeypatch):
-    monkeypatch.setattr(
-        native_library, "why_not_loaded", lambda: "the native library is missing"
-    )
+    monkeypatch.setattr(native_library, "why_not_loaded", lambda: "the native library is missing")
     monkeypatch.setattr(native_library, "cpu_level", lambda: None)
     choice = dispatch.decide("auto", dispatch.IMPLS, dispatch.ANY, None, lambda form: None)
     assert choice.impl == "aten"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from decomp_kernels import native_library
 from decomp_kernels.kernels import columns, composition
+from decomp_kernels.kernels.native.decomposed_linear import d_down_of
 from decomp_kernels.kernels.native.passes import column_walk, down_projection
 from decomp_kernels.kernels.over_dy import over_dy
 from decomp_kernels.reference.decomposed_linear import Gradients
@@ -74,10 +75,7 @@ def backward(
     g = dy if g is None else g
     d_down = None
     if need.down and dt is not None and x is not None:
-        x = x.contiguous()
-        walked = column_walk(x, None, dt, None, None, False, seed=seed, dropout=dropout)
-        d_down = walked.c.T  # type: ignore[union-attr]
-        d_down = (d_down if in_scale is None else d_down * in_scale).contiguous()
+        d_down = d_down_of(x.contiguous(), dt, in_scale, seed, dropout)
     d_x = d_in = None
     if need_dX:
         d_x, d_in = fused_input_gradient(

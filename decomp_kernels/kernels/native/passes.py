@@ -59,6 +59,14 @@ def column_walk(
     return Walked(*(None if what is None else one for what, one in zip(asked, found, strict=True)))
 
 
+def rank_walk(x: Tensor, left: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    """left^T drop(x) [r, K] in float32; x [M, K], left [M, r].  Not divided by the kept fraction."""
+    found = native_library.ops().column_walk(
+        x, None, left.contiguous(), None, None, seed, dropout, False, True
+    )
+    return found[1]
+
+
 def up_expansion(
     v: Tensor,
     small: Tensor,
