@@ -5,7 +5,7 @@ import torch
 
 from decomp_kernels.kernels import gemm
 from decomp_kernels.kernels.native import dequantize as native
-from decomp_kernels.kernels.native import library
+from decomp_kernels import native_library
 from decomp_kernels.ops.dequantize import dequantize, op
 from decomp_kernels.reference.dequantize import LEVELS, block_size
 from decomp_kernels.testing import assert_as_good_as
@@ -55,9 +55,9 @@ def both_formats(shape, block=64):
 @pytest.fixture(params=LEVELS_OF_CPU)
 def level(request):
     """One of this machine's instruction sets."""
-    if why := library.why_not_loaded():
+    if why := native_library.why_not_loaded():
         pytest.skip(why)
-    ops = library.ops()
+    ops = native_library.ops()
     before = ops.cpu_level()
     try:
         ops.set_cpu_level(request.param)
@@ -152,7 +152,7 @@ def test_native_results_do_not_depend_on_the_number_of_threads(level):
 
 
 def test_wrong_calls_of_the_native_operator_say_what_is_wrong(level):
-    call = library.ops().dequantize
+    call = native_library.ops().dequantize
     good = torch.zeros(32, dtype=torch.uint8), torch.ones(1)
     for weight, absmax, kind, size, dtype, says in (
         (*good, "nf4", (8, 9), torch.float32, "dequantize: weight must have 36 bytes"),
@@ -175,7 +175,7 @@ def test_wrong_calls_of_the_native_operator_say_what_is_wrong(level):
 def test_the_native_operators_schema(level):
     for kind, weight, absmax, _ in both_formats((5, 13)):
         torch.library.opcheck(
-            library.ops().dequantize.default,
+            native_library.ops().dequantize.default,
             (weight, absmax, kind, 5, 13, torch.bfloat16),
             test_utils=("test_schema",),
         )

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from decomp_kernels.dispatch import Work
 from decomp_kernels.kernels.aten import dequantize as aten
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.reference import dequantize as reference
 from decomp_kernels.reference.dequantize import FORMATS, SMALLEST_BLOCK, block_size
 from decomp_kernels.tables import width
 
+_FILES = files(native="dequantize")
 _CODES = {"nf4": torch.uint8, "int8": torch.int8}
 
 torch.library.define(
@@ -28,7 +29,8 @@ def _dequantize(weight, weight_scale, weight_format, rows, cols, dtype, impl):
         kind = width(dtype == torch.float32)
         return Work("dequantize", "forward", rows, rows * cols, 0, kind, kind)
 
-    chosen = implementation(weight, impl, reference, aten, {}, work)
+    like = weight.new_empty(0, dtype=dtype)  # what is made decides which kernels can
+    chosen = implementation(like, impl, reference, aten, _FILES, work)
     return chosen.forward(weight, weight_scale, weight_format, rows, cols, dtype)
 
 

@@ -39,3 +39,26 @@ def implementation(
     if chosen in files:
         return import_module(f"decomp_kernels.kernels.{files[chosen]}")
     return reference if chosen == "reference" else aten
+
+
+def work(
+    operator: str,
+    direction: str,
+    rows: Tensor,
+    weight: Tensor,
+    down: Tensor | None,
+    dropout: float = 0.0,
+    out_scale: Tensor | None = None,
+) -> Callable[[], dispatch.Work]:
+    """What ``auto`` looks up for one call, made where it does.  rows [..., K or N]."""
+
+    def made() -> dispatch.Work:
+        r = 0 if down is None else down.shape[0]
+        M = rows.numel() // max(rows.shape[-1], 1)
+        base, adapter = dispatch.dtype_names(weight, weight if down is None else down)
+        return dispatch.Work(
+            operator, direction, M, weight.numel(), r, base, adapter, dropout > 0.0,
+            out_scale is not None,
+        )  # fmt: skip
+
+    return made

@@ -6,7 +6,7 @@ Its kernels write float32 and bfloat16; for another dtype the operator raises.
 import torch
 from torch import Tensor
 
-from decomp_kernels.kernels.native import library
+from decomp_kernels import native_library
 
 
 def forward(
@@ -17,4 +17,4 @@ def forward(
     cols: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return library.ops().dequantize(weight, weight_scale, weight_format, rows, cols, dtype)
+    return native_library.ops().dequantize(weight, weight_scale, weight_format, rows, cols, dtype)

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from decomp_kernels.kernels.native import library
+from decomp_kernels import native_library
 from decomp_kernels.reference.gram import groups
 
 
 def forward(
     downs: Sequence[Tensor], ups: Sequence[Tensor], kind: str, squared: bool, scale: float
 ) -> tuple[Tensor, list[Tensor]]:
-    ops = library.ops()
+    ops = native_library.ops()
     residuals, penalties = [], []
     for matrices, of_rows in ((downs, True), (ups, False)):
         for group in groups(matrices):
@@ -34,7 +34,7 @@ def backward(
     squared: bool,
     scale: float,
 ) -> list[Tensor]:
-    ops = library.ops()
+    ops = native_library.ops()
     down_groups = groups(downs)
     grads = []
     for index, group in enumerate((*down_groups, *groups(ups))):

@@ -6,7 +6,7 @@ Definition: merged_weight of reference/decomposed_linear.py.
 import torch
 from torch import Tensor
 
-from decomp_kernels.kernels.native import library
+from decomp_kernels import native_library
 
 
 def merged_weight(
@@ -20,7 +20,7 @@ def merged_weight(
 ) -> Tensor:
     """[N, K] in W's dtype, rounded once."""
     low_rank = down is not None and up is not None
-    return library.ops().merged_weight(
+    return native_library.ops().merged_weight(
         weight.contiguous(),
         down.contiguous() if low_rank else None,
         up.contiguous() if low_rank else None,

@@ -60,7 +60,7 @@ def column_walk(
 
 
 def rank_walk(x: Tensor, left: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
-    """left^T drop(x) [r, K] in float32; x [M, K], left [M, r].  Not divided by the kept fraction."""
+    """left^T drop(x), [r, K] float32, not divided by the kept fraction.  left [M, r]."""
     found = native_library.ops().column_walk(
         x, None, left.contiguous(), None, None, seed, dropout, False, True
     )

@@ -2,17 +2,17 @@
 
 from torch import Tensor
 
-from decomp_kernels.kernels.native import library
+from decomp_kernels import native_library
 
 
 def squared_rows(weight: Tensor) -> Tensor:
     """||W_j||^2 [N], float32."""
-    return library.ops().squared_rows(weight.contiguous())
+    return native_library.ops().squared_rows(weight.contiguous())
 
 
 def forward(weight: Tensor, weight_sq: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """n [N], float32."""
-    return library.ops().row_norm_fwd(
+    return native_library.ops().row_norm_fwd(
         weight.contiguous(), weight_sq, down.contiguous(), up.contiguous(), scale
     )
 
@@ -21,7 +21,7 @@ def backward(
     d_norm: Tensor, norm: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """(d_down, d_up), float32: one read of W."""
-    return library.ops().row_norm_bwd(
+    return native_library.ops().row_norm_bwd(
         d_norm.contiguous(),
         norm,
         weight.contiguous(),
