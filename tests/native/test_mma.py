@@ -1,8 +1,9 @@
-"""csrc/cuda/mma_gemm: the kernels' own source, run on the host, against the definition in float64."""
+"""csrc/cuda/mma_gemm: the kernels' own source, on the host, against the definition in float64."""
 
 import ctypes
 
 import mma_checks as checks
+import mma_mutants as mutants
 import pytest
 import torch
 from emulator import HERE, build
@@ -144,9 +145,11 @@ def test_what_is_refused_says_why(library):
     t = torch.zeros(64, 64, dtype=torch.bfloat16)
     names = ("x", "weight", "v", "up", "y", "g", "dt", "down", "d_x")
 
-    def made(kind, dtype=torch.bfloat16, without=(), sizes={}, **more):
+    def made(kind, dtype=torch.bfloat16, without=(), sizes=(), **more):
         own = {name: t for name in names if name in dict(kind._fields_) and name not in without}
-        return arguments(kind, dtype, {"M": 8, "N": 8, "K": 8, "r": 8, **sizes}, {**own, **more})
+        return arguments(
+            kind, dtype, {"M": 8, "N": 8, "K": 8, "r": 8, **dict(sizes)}, {**own, **more}
+        )
 
     for kind, pair, output in ((Forward, "up", "y"), (InputGradient, "down", "d_x")):
         assert refusal(library, made(kind)) is None
@@ -168,3 +171,18 @@ def test_what_is_refused_says_why(library):
     assert "needs x" in refusal(library, lacking)
     too_high = made(InputGradient, sizes={"dropout_threshold": 65536})
     assert "threshold" in refusal(library, too_high)
+
+
+def test_the_copy_without_a_bug_passes(tmp_path):
+    mutants.run(mutants.library(tmp_path, None))
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        pytest.param(m, id=m.what, marks=() if m.what in mutants.FIRST else pytest.mark.full)
+        for m in mutants.MUTANTS
+    ],
+)
+def test_a_planted_bug_is_found(mutant):
+    assert not mutants.survives(mutant)
