@@ -1,0 +1,114 @@
+"""cuda_on_host.h runs kernels rightly, and finds each kind of bug that it is there for."""
+
+import pytest
+import torch
+from emulator import HERE, EmulationError, build, call
+
+N = 1000
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("emulator")
+    return build(HERE / "emulator_check.cpp", folder / "check.so")
+
+
+def saxpy(library, bug=0):
+    x, y = torch.randn(N), torch.randn(N)
+    expected = 2.5 * x + y
+    call(library, "saxpy", 2.5, x, y, N, bug)
+    return y, expected
+
+
+def reduced(library, bug=0, seed=0, blocks=3):
+    x, sums = torch.randn(N), torch.empty(blocks)
+    call(library, "reduce", x, sums, N, blocks, bug, seed)
+    return x, sums
+
+
+def product(library, dtype, bug=0):
+    a, b, rows = (torch.randn(n, 16).to(dtype) for n in (16, 8, 8))
+    rows = rows.view(16, 8)
+    d, d_rows = torch.empty(16, 8), torch.empty(16, 8)
+    call(library, "tile_product", int(dtype == torch.float16), a, b, rows, d, d_rows, bug)
+    return (d, d_rows), (a.double() @ b.double().T, a.double() @ rows.double())
+
+
+def test_saxpy(library):
+    y, expected = saxpy(library)
+    torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (1, "byte 4000 of an array of 4000 bytes"),
+        (2, "byte 4000 of an array of 4000 bytes"),
+        (3, "a store to an input, at byte 0"),
+    ],
+    ids=["a store past the end", "a load past the end", "a store to an input"],
+)
+def test_an_access_outside_an_array_is_found(library, bug, message):
+    with pytest.raises(EmulationError, match=message):
+        saxpy(library, bug)
+    saxpy(library)  # and the next launch is not in its shadow
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_block_reduces_in_any_order(library, seed):
+    x, sums = reduced(library, seed=seed)
+    assert sums.sum().double() == pytest.approx(x.double().sum().item(), abs=1e-4)
+    torch.manual_seed(0)
+    again = reduced(library, seed=seed + 17)[1]
+    torch.manual_seed(0)
+    assert torch.equal(again, reduced(library, seed=seed)[1])
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (1, "thread (31, 0, 0).*returned while lanes of its warp wait"),
+        (2, "__syncthreads.*after a thread of the block returned|returned while other"),
+        (3, "a trap"),
+        (5, "__syncthreads.*while other threads wait in __syncthreads"),
+    ],
+    ids=["a lane leaves", "a warp leaves", "past a static array", "two barriers"],
+)
+def test_divergence_is_an_error_and_not_a_hang(library, bug, message):
+    with pytest.raises(EmulationError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        reduced(library, bug)
+
+
+def test_a_missing_barrier_gives_nan(library):
+    assert reduced(library, bug=4)[1].isnan().all()  # what no warp has yet stored
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_one_tile_of_a_product(library, dtype):
+    for found, exact in zip(*product(library, dtype), strict=True):
+        torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_a_missing_wait_gives_nan(library):
+    found, _ = product(library, torch.bfloat16, bug=1)
+    assert all(t.isnan().all() for t in found)
+
+
+def test_a_wrong_fragment_gives_wrong_numbers(library):
+    found, exact = product(library, torch.bfloat16, bug=2)
+    assert (found[0] - exact[0]).norm() > 0.1 * exact[0].norm()
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        (3, "ldmatrix at an address that is no multiple of 16"),
+        (4, "cp.async to at an address outside shared memory"),
+        (5, "ldmatrix at an address outside shared memory"),
+        (6, "returned while copies by cp.async are under way"),
+    ],
+    ids=["misaligned", "past shared memory", "global memory", "no wait"],
+)
+def test_what_an_instruction_forbids_is_found(library, bug, message):
+    with pytest.raises(EmulationError, match=message):
+        product(library, torch.bfloat16, bug)
