@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPY = ROOT / "build" / "sanitize"
-FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1"
+FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1"
 
 
 def main() -> int:
@@ -29,7 +29,8 @@ def main() -> int:
     for name in ("csrc", "decomp_kernels", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
         source, target = ROOT / name, COPY / name
         if source.is_dir():
-            shutil.copytree(source, target, dirs_exist_ok=True, ignore=_not_sources)
+            shutil.rmtree(target, ignore_errors=True)  # what ninja keeps is in build/ beside it
+            shutil.copytree(source, target, ignore=_not_sources)
         else:
             COPY.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
