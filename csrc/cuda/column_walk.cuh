@@ -57,41 +57,6 @@ struct ColumnWalkCall {
   ColumnWalkPlan plan;
 };
 
-inline ColumnWalkPlan walk_plan(const ColumnWalk& args, int BR, int cols, int device_sms) {
-  const int64_t ranks = args.R > args.L ? args.R : args.L;
-  const int64_t rank_blocks = ranks > BR ? ceil_div(ranks, BR) : 1;
-  const int64_t strips = ceil_div(args.N, cols), steps = ceil_div(args.M, kWalkRows);
-  int64_t shares = ceil_div(2 * int64_t(device_sms), rank_blocks * strips);
-  shares = shares > steps ? steps : shares;
-  const int64_t m_share = ceil_div(steps, shares) * kWalkRows;
-  shares = ceil_div(args.M, m_share);  // whole steps a share, none empty
-  return {int(rank_blocks), int(strips), int(shares), m_share};
-}
-
-inline int64_t walk_rank(const ColumnWalk& args) {
-  return args.u && args.R > (args.c ? args.L : 0) ? args.R : args.c ? args.L : 1;
-}
-
-inline Dtype walk_small(const ColumnWalk& args) {
-  return args.u ? args.right.dtype : args.c ? args.left.dtype : args.big.dtype;
-}
-
-// f<T, S, BR>() for the types and ranks of ``args``.
-template <typename F>
-auto with_walk(const ColumnWalk& args, F f) {
-  return with_types(args.big.dtype, walk_small(args), [&]<typename T, typename S>() {
-    return with_rank_tile(walk_rank(args),
-                          [&]<int BR>() { return f.template operator()<T, S, BR>(); });
-  });
-}
-
-// Columns of a strip.
-inline int64_t walk_strip(const ColumnWalk& args) {
-  return with_walk(args, [&]<typename T, typename S, int BR>() {
-    return int64_t(WalkShared<T, S, BR>::kCols);
-  });
-}
-
 // s, p and the scaled matrices of one piece of big.  scale [columns of the piece].
 template <typename T>
 struct ColumnSums {
@@ -232,71 +197,6 @@ __global__ __launch_bounds__(kWalkThreads) void column_walk(ColumnWalkCall<T, S>
     if (call.s) add_groups<kCols>(shared.column_sums, columns.s, call.s, share, col0, call.N);
     if (call.p) add_groups<kCols>(shared.column_sums, columns.p, call.p, share, col0, call.N);
   }
-}
-
-// The pieces of the workspace; a result of one partial is written at once.
-struct WalkRoom {
-  float *u, *c, *s, *p;
-  size_t bytes;
-
-  WalkRoom(const ColumnWalk& args, const ColumnWalkPlan& plan, void* workspace) {
-    Room room(workspace);
-    const auto partials = [&](float* out, int64_t parts, int64_t count) {
-      return out && parts > 1 ? room.take<float>(parts * count) : out;
-    };
-    u = partials(args.u, plan.strips, args.M * args.R);
-    c = partials(args.c, plan.shares, args.L * args.N);
-    s = partials(args.s, plan.shares, args.N);
-    p = partials(args.p, plan.shares, args.N);
-    bytes = room.bytes();
-  }
-};
-
-inline size_t column_walk_workspace(const ColumnWalk& args, int device_sms) {
-  if (args.M == 0 || args.N == 0) return 0;
-  return with_walk(args, [&]<typename T, typename S, int BR>() {
-    const auto planned = walk_plan(args, BR, WalkShared<T, S, BR>::kCols, device_sms);
-    return WalkRoom(args, planned, nullptr).bytes;
-  });
-}
-
-// M and N are not 0 here.
-template <typename Launcher>
-int run(const ColumnWalk& args, void* workspace, int device_sms, Launcher launcher) {
-  return with_walk(args, [&]<typename T, typename S, int BR>() {
-    using Shared = WalkShared<T, S, BR>;
-    const ColumnWalkPlan planned = walk_plan(args, BR, Shared::kCols, device_sms);
-    const WalkRoom room(args, planned, workspace);
-    const ColumnWalkCall<T, S> call{
-        .big = view<T>(args.big, args.M, args.N),
-        .other = view<T>(args.other, args.M, args.N),
-        .right = view<S>(args.right, args.N, args.R),
-        .left = view<S>(args.left, args.M, args.L),
-        .M = args.M,
-        .N = int(args.N),
-        .R = int(args.R),
-        .L = int(args.L),
-        .mask = args.mask,
-        .scale = args.scale,
-        .u = room.u,
-        .c = room.c,
-        .s = room.s,
-        .p = room.p,
-        .scaled_big = static_cast<T*>(args.scaled_big.data),
-        .scaled_other = static_cast<T*>(args.scaled_other.data),
-        .plan = planned,
-    };
-    const size_t shared = sizeof(Shared) - (args.u ? 0 : sizeof(Shared::right));
-    const int status = int(
-        launcher(&column_walk<T, S, BR>, planned.blocks(), kWalkThreads, shared, call));
-    OrderedSums sums;
-    if (room.u != args.u) sums.add(room.u, args.u, args.M * args.R, planned.strips);
-    if (room.c != args.c) sums.add(room.c, args.c, args.L * args.N, planned.shares);
-    if (room.s != args.s) sums.add(room.s, args.s, args.N, planned.shares);
-    if (room.p != args.p) sums.add(room.p, args.p, args.N, planned.shares);
-    if (status || !sums.blocks()) return status;
-    return int(launcher(&ordered_sums, sums.blocks(), OrderedSums::kThreads, 0, sums));
-  });
 }
 
 }  // namespace decomp_kernels::cuda

@@ -21,21 +21,22 @@
 namespace decomp_kernels::cuda {
 
 struct ColumnWalk {
-  Matrix big;
+  Matrix big = {};
   int64_t M = 0, N = 0;
-  Matrix right, left;
+  Matrix right = {}, left = {};
   int64_t R = 0, L = 0;
-  Mask mask;
-  Matrix other;
-  Vector scale;
+  Mask mask = {};
+  Matrix other = {};
+  Vector scale = {};
   float *u = nullptr, *c = nullptr, *s = nullptr, *p = nullptr;  // contiguous
-  Output scaled_big, scaled_other;
+  Output scaled_big = {}, scaled_other = {};
 };
 
 // nullptr, or why there is no kernel for it.  arch: 10 * major + minor of the compute capability.
 const char* why_not(const ColumnWalk& args, int arch);
 
 // Partial results: of u for each strip of columns, of c, s and p for each share of the rows.
+// For the arguments of the launch, results included.
 size_t workspace_bytes(const ColumnWalk& args, int device_sms);
 
 cudaError_t launch(const ColumnWalk& args, void* workspace, int device_sms, cudaStream_t stream);

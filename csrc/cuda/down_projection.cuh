@@ -51,27 +51,6 @@ struct DownShared {
   Operand<S, E, BR, kDepth, kParts, kStages> down;
 };
 
-inline int down_depth(const DownProjection& args) {
-  return with_types(args.x.dtype, args.down.dtype, [&]<typename T, typename S>() {
-    return DownShared<T, S, 16>::kDepth;  // any rank's
-  });
-}
-
-inline DownProjectionPlan plan(const DownProjection& args, int device_sms) {
-  const int depth = down_depth(args);
-  const int64_t row_blocks = ceil_div(args.M, kDownRows);
-  const int rank_blocks = int(ceil_div(args.R, rank_tile(args.R)));
-  const int64_t steps = ceil_div(args.K, depth), wanted = 4 * int64_t(device_sms);
-  const int64_t most = steps < 64 ? steps : 64;
-  int64_t shares = ceil_div(wanted, row_blocks * rank_blocks > 0 ? row_blocks * rank_blocks : 1);
-  shares = shares > most ? most : shares;
-  shares = shares < 1 ? 1 : shares;
-  const int64_t k_share = ceil_div(steps, shares) * depth;
-  // Whole steps a share: fewer shares may then be enough, and none is empty.
-  shares = k_share ? ceil_div(args.K, k_share) : 1;
-  return {rank_blocks, int(shares), row_blocks, k_share};
-}
-
 // t and v of one sum over K.
 template <typename T, typename S>
 __device__ __forceinline__ void finish(const DownProjectionCall<T, S>& call, int64_t row, int rank,
@@ -152,48 +131,6 @@ __global__ __launch_bounds__(256) void down_projection_shares(DownProjectionCall
 #pragma unroll 4
   for (int share = 0; share < call.plan.shares; ++share) sum += call.sums[share * count + place];
   finish(call, place / call.R, int(place % call.R), sum);
-}
-
-inline size_t down_projection_workspace(const DownProjection& args, int device_sms) {
-  const DownProjectionPlan planned = plan(args, device_sms);
-  Room room;
-  if (planned.shares > 1) room.take<float>(planned.shares * args.M * args.R);
-  return room.bytes();
-}
-
-template <typename Launcher>
-int run(const DownProjection& args, void* workspace, int device_sms, Launcher launcher) {
-  if (args.M == 0 || args.R == 0) return 0;
-  const DownProjectionPlan planned = plan(args, device_sms);
-  Room room(workspace);
-  float* const sums =
-      planned.shares > 1 ? room.take<float>(planned.shares * args.M * args.R) : nullptr;
-  return with_types(args.x.dtype, args.down.dtype, [&]<typename T, typename S>() {
-    const DownProjectionCall<T, S> call{
-        .x = view<T>(args.x, args.M, args.K),
-        .down = view<S>(args.down, args.R, args.K),
-        .M = args.M,
-        .K = int(args.K),
-        .R = int(args.R),
-        .in_scale = args.in_scale,
-        .mask = args.mask,
-        .after = kept_reciprocal(args.mask),
-        .core = args.core,
-        .scale = args.scale,
-        .activation = args.activation,
-        .t = args.t,
-        .v = args.v,
-        .sums = sums,
-        .plan = planned,
-    };
-    const int status = with_rank_tile(args.R, [&]<int BR>() {
-      return int(launcher(&down_projection<T, S, BR>, planned.blocks(), kDownThreads,
-                          sizeof(DownShared<T, S, BR>), call));
-    });
-    if (status || !sums) return status;
-    return int(launcher(&down_projection_shares<T, S>, ceil_div(args.M * args.R, 256), 256, 0,
-                        call));
-  });
 }
 
 }  // namespace decomp_kernels::cuda

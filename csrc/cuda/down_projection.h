@@ -13,20 +13,21 @@
 namespace decomp_kernels::cuda {
 
 struct DownProjection {
-  Matrix x, down;
+  Matrix x = {}, down = {};
   int64_t M = 0, K = 0, R = 0;
-  Vector in_scale;
-  Mask mask;
-  Vector core;
+  Vector in_scale = {};
+  Mask mask = {};
+  Vector core = {};
   float scale = 1.0f;
   Activation activation = Activation::kIdentity;
-  Output t, v;
+  Output t = {}, v = {};
 };
 
 // nullptr, or why there is no kernel for it.  arch: 10 * major + minor of the compute capability.
 const char* why_not(const DownProjection& args, int arch);
 
-// Few rows leave multiprocessors idle, so K is split among blocks; their sums pass through here.
+// Few rows leave multiprocessors idle, so K is split among blocks; their sums pass through here.  For
+// the arguments of the launch, results included.
 size_t workspace_bytes(const DownProjection& args, int device_sms);
 
 cudaError_t launch(const DownProjection& args, void* workspace, int device_sms,

@@ -1,9 +1,6 @@
 // From run-time types to kernels' template arguments, and the launch itself.
 //
-// A pass is a host function ``run`` beside its kernels: it plans the grid and calls its launcher with
-// (kernel, blocks, threads, bytes of dynamic shared memory, parameters).  OnStream launches on a
-// device; the tests bring a launcher that runs the same kernels on the host.  Every kernel has one
-// parameter, a struct, and a one-dimensional grid: y and z end at 65,535.
+// Every kernel has one parameter, a struct, and a one-dimensional grid: y and z end at 65,535.
 
 #pragma once
 
@@ -47,15 +44,16 @@ auto with_rank_tile(int64_t rank, F f) {
 
 constexpr int rank_tile(int64_t rank) { return rank <= 16 ? 16 : rank <= 32 ? 32 : 64; }
 
-// Room for ``bytes`` at the front of what is left of a workspace, every piece 256-byte aligned.  With
-// no workspace it adds up the bytes alone.
+// Takes one piece after another of a workspace, each 256-byte aligned, and adds up their bytes.
+// Without a workspace the pieces are nowhere, but not nullptr: that would mean "not asked for".
 class Room {
  public:
-  explicit Room(void* workspace = nullptr) : next_(static_cast<unsigned char*>(workspace)) {}
+  explicit Room(void* workspace = nullptr)
+      : start_(workspace ? reinterpret_cast<uintptr_t>(workspace) : 256) {}
 
   template <typename T>
   T* take(int64_t count) {
-    unsigned char* const here = next_ ? next_ + bytes_ : nullptr;
+    const uintptr_t here = start_ + bytes_;
     bytes_ += (size_t(count) * sizeof(T) + 255) / 256 * 256;
     return reinterpret_cast<T*>(here);
   }
@@ -63,26 +61,22 @@ class Room {
   size_t bytes() const { return bytes_; }
 
  private:
-  unsigned char* next_;
+  uintptr_t start_;
   size_t bytes_ = 0;
 };
 
-#ifdef __CUDACC__
-struct OnStream {
-  cudaStream_t stream;
-
-  template <typename Parameters>
-  cudaError_t operator()(void (*kernel)(Parameters), int64_t blocks, int threads, size_t shared,
-                         const Parameters& parameters) const {
-    if (shared > 48 * 1024) {  // more than any block has without asking
-      const cudaError_t refused = cudaFuncSetAttribute(
-          kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-      if (refused != cudaSuccess) return refused;
-    }
-    kernel<<<unsigned(blocks), threads, shared, stream>>>(parameters);
-    return cudaGetLastError();
+#ifdef __CUDACC__  // on the host the tests define it
+template <typename Parameters>
+cudaError_t enqueue(void (*kernel)(Parameters), int64_t blocks, int threads, size_t shared,
+                    cudaStream_t stream, const Parameters& parameters) {
+  if (shared > 48 * 1024) {  // more than any block has without asking
+    const cudaError_t refused = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (refused != cudaSuccess) return refused;
   }
-};
+  kernel<<<unsigned(blocks), threads, shared, stream>>>(parameters);
+  return cudaGetLastError();
+}
 #endif
 
 }  // namespace decomp_kernels::cuda

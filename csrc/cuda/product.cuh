@@ -14,14 +14,12 @@
 #include "../common/narrow.h"
 #include "intrinsics.cuh"
 #include "tile.cuh"
+#include "warp.cuh"
 
 namespace decomp_kernels::cuda {
 
 // How a tile lies in shared memory: [index][summed] or [summed][index].
 enum class Layout { kSummedLast, kSummedFirst };
-
-__device__ __forceinline__ int lane_id() { return int(threadIdx.x) % 32; }
-__device__ __forceinline__ int warp_id() { return int(threadIdx.x) / 32; }
 
 // [I, J], spread over WARPS_I x WARPS_J warps; warps beyond those hold nothing.
 template <typename E, int I, int J, int WARPS_I, int WARPS_J>

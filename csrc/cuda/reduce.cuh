@@ -1,4 +1,4 @@
-// Sums in a fixed order: over the partial results of blocks, and over the lanes of a warp.
+// Sums of the partial results of blocks, in a fixed order.
 //
 //     out[i] = sum_p parts[p, i]        parts [P, count] float32, p = 0 first
 //
@@ -52,14 +52,6 @@ static __global__ __launch_bounds__(OrderedSums::kThreads) void ordered_sums(Ord
     }
     block -= blocks;
   }
-}
-
-// The sum over a warp, the same bits in every lane: addition commutes.
-__device__ __forceinline__ float warp_sum(float value) {
-#pragma unroll
-  for (int distance = 16; distance; distance /= 2)
-    value += __shfl_xor_sync(0xFFFFFFFFu, value, distance);
-  return value;
 }
 
 }  // namespace decomp_kernels::cuda
