@@ -88,6 +88,24 @@ __device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// low and high rounded to T, low in the lower 16 bits.
+template <typename T>
+__device__ __forceinline__ uint32_t narrow_two(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t narrow_two<bf16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+template <>
+__device__ __forceinline__ uint32_t narrow_two<fp16>(float low, float high) {
+  uint32_t pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
 // 16 bytes that no thread of this grid writes, and that displace nothing in L1; 16-byte aligned.
 __device__ __forceinline__ uint4 load_streaming_16(const void* global) {
   uint4 value;

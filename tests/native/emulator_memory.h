@@ -72,7 +72,7 @@ inline std::vector<const Guarded*> global_arrays;        // to name the one that
 inline std::string failure;                              // the first of this Memory's launches
 inline int64_t bank_conflicts = 0;                       // of ldmatrix, in the last launch
 
-// A guarded array is 16-byte aligned unless the caller asks for an offset that is less aligned.
+// An array is 16-byte aligned if its shift is 0: it begins ``shift`` elements after such an address.
 class Memory {
  public:
   Memory() {
@@ -82,20 +82,20 @@ class Memory {
   ~Memory() { global_arrays.clear(); }
 
   template <typename T>
-  const T* input(const T* host, int64_t count) {
-    return host ? reinterpret_cast<const T*>(add(host, nullptr, count * sizeof(T))) : nullptr;
+  const T* input(const T* host, int64_t count, int shift = 0) {
+    return host ? add<T>(host, nullptr, count, shift) : nullptr;
   }
   template <typename T>
-  T* output(T* host, int64_t count) {  // NaN until it is stored to
-    return host ? reinterpret_cast<T*>(add(nullptr, host, count * sizeof(T))) : nullptr;
+  T* output(T* host, int64_t count, int shift = 0) {  // NaN until it is stored to
+    return host ? add<T>(nullptr, host, count, shift) : nullptr;
   }
   template <typename T>
-  T* in_and_output(T* host, int64_t count) {
-    return host ? reinterpret_cast<T*>(add(host, host, count * sizeof(T))) : nullptr;
+  T* in_and_output(T* host, int64_t count, int shift = 0) {
+    return host ? add<T>(host, host, count, shift) : nullptr;
   }
   template <typename T>
   T* scratch(int64_t count) {
-    return reinterpret_cast<T*>(add(nullptr, nullptr, count * sizeof(T)));
+    return add<T>(nullptr, nullptr, count, 0);
   }
 
   // Copies the outputs back.  nullptr, or what went wrong, which is valid until the next Memory.
@@ -104,7 +104,8 @@ class Memory {
       array.guarded->protect(false);
       if (failure.empty() && !array.guarded->slack_is_whole())
         failure = "a store beside an array of " + std::to_string(array.guarded->bytes) + " bytes";
-      if (array.out) std::memcpy(array.out, array.guarded->data, array.guarded->bytes);
+      if (array.out)
+        std::memcpy(array.out, array.guarded->data + array.before, array.guarded->bytes - array.before);
     }
     return failure.empty() ? nullptr : failure.c_str();
   }
@@ -113,14 +114,19 @@ class Memory {
   struct Array {
     std::unique_ptr<Guarded> guarded;
     void* out;
+    size_t before;  // bytes of slack that the shift leaves
   };
 
-  unsigned char* add(const void* in, void* out, size_t bytes) {
-    Array& array = arrays_.emplace_back(Array{std::make_unique<Guarded>(bytes, 16), out});
-    if (in) std::memcpy(array.guarded->data, in, bytes);
+  template <typename T>
+  T* add(const T* in, T* out, int64_t count, int shift) {
+    const size_t before = shift * sizeof(T), bytes = count * sizeof(T);
+    Array& array =
+        arrays_.emplace_back(Array{std::make_unique<Guarded>(before + bytes, 16), out, before});
+    unsigned char* place = array.guarded->data + before;
+    if (in) std::memcpy(place, in, bytes);
     if (in && !out) array.guarded->protect(true);
     global_arrays.push_back(array.guarded.get());
-    return array.guarded->data;
+    return reinterpret_cast<T*>(place);
   }
 
   std::vector<Array> arrays_;

@@ -109,4 +109,10 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   for (int i = 0; i < 4; ++i) d[i] = out.c[i];
 }
 
+// low and high rounded to T, low in the lower 16 bits.
+template <typename T>
+inline uint32_t narrow_two(float low, float high) {
+  return uint32_t(from_float<T>(high).bits) << 16 | from_float<T>(low).bits;
+}
+
 }  // namespace decomp_kernels::cuda
