@@ -85,8 +85,9 @@ const char* why_not(const ColumnWalk& args, int arch) {
   const bool other_unlike = (args.other.data && args.other.dtype != wide) ||
                             (args.scaled_big.data && args.scaled_big.dtype != wide) ||
                             (args.scaled_other.data && args.scaled_other.dtype != wide);
-  const bool no_other = (args.p || args.scaled_other.data) && !args.other.data;
-  const bool no_scale = scales && !args.scale.data;
+  const bool any = args.M && args.N;  // a tensor of no elements may have no data
+  const bool no_other = any && (args.p || args.scaled_other.data) && !args.other.data;
+  const bool no_scale = any && scales && !args.scale.data;
   const bool in_place = args.scaled_big.data && args.scaled_big.data == args.big.data;
   const bool too_large = args.N > INT32_MAX || args.R > 65536 || args.L > 65536 ||
                          ceil_div(args.N, 128) * 4096 > kMostBlocks;

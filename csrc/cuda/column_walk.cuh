@@ -108,7 +108,7 @@ __device__ __forceinline__ void add_groups(float (&shared)[GROUPS][COLS], const 
 }
 
 template <typename T, typename S, int BR>
-__global__ __launch_bounds__(kWalkThreads) void column_walk(ColumnWalkCall<T, S> call) {
+__global__ __launch_bounds__(kWalkThreads, 2) void column_walk(ColumnWalkCall<T, S> call) {
   using Shared = WalkShared<T, S, BR>;
   constexpr int kCols = Shared::kCols, kStages = Shared::kStages;
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
@@ -160,7 +160,7 @@ __global__ __launch_bounds__(kWalkThreads) void column_walk(ColumnWalkCall<T, S>
     __syncthreads();  // the products of the step before have read what is filled now
     fetch(m + (kStages - 1) * kWalkRows);
     if (with_columns)
-      each_piece<T, kWalkRows, kCols, kWalkThreads>([&](int row, int col) {
+      each_piece<T, kWalkRows, kCols, kWalkThreads, 2>([&](int row, int col) {
         const Vec<T>& vec = *reinterpret_cast<const Vec<T>*>(&shared.big.ring[stage].at[0][row][col]);
         columns.take(call, m + row, col0 + col, vec, shared.scale + col);
       });

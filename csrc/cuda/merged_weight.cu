@@ -6,7 +6,8 @@ namespace decomp_kernels::cuda {
 
 const char* why_not(const MergedWeight& args, int arch) {
   const Dtype wide = args.weight.dtype;
-  const bool half_a_pair = !args.up.data != !args.down.data;
+  const bool any = args.N && args.K && args.R;  // a tensor of no elements may have no data
+  const bool half_a_pair = any && !args.up.data != !args.down.data;
   const bool old_device = arch < 80;
   const bool other_types =
       args.up.data && (!paired(wide, args.up.dtype) || args.up.dtype != args.down.dtype);

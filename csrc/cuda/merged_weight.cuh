@@ -81,7 +81,7 @@ __global__ __launch_bounds__(kMergeThreads) void merged_weight(MergedWeightCall<
   __syncthreads();  // the sums take the place of the factors
   sum.each([&](int i, int j, float value) { shared.sums[i][j] = value; });
   __syncthreads();
-  each_piece<T, kMergeRows, kMergeCols, kMergeThreads>([&](int i, int j) {
+  each_piece<T, kMergeRows, kMergeCols, kMergeThreads, 4>([&](int i, int j) {
     const int64_t row = row0 + i, col = col0 + j;
     if (row >= call.N || col >= call.K) return;
     const Vec<T> weight = load_weight(call, row, col);

@@ -83,7 +83,7 @@ struct Sum {
                                                    const E (*b)[PITCH_B]) {
     const int first_i = warp_id() / WARPS_J * kI, first_j = warp_id() % WARPS_J * kJ;
     const int which = lane_id() / 8, line = lane_id() % 8;  // of four matrices, and of their rows
-#pragma unroll
+#pragma unroll 4
     for (int s = 0; s < SUMMED; s += 16) {
       uint32_t left[kTilesI][4];
 #pragma unroll

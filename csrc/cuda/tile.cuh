@@ -88,12 +88,13 @@ struct Tile {
   alignas(16) E at[PARTS][ROWS][kPitch];
 };
 
-// f(row, col) of every 16-byte piece of a tile [ROWS, COLS] of T that is this thread's own.
-template <typename T, int ROWS, int COLS, int THREADS, typename F>
+// f(row, col) of every 16-byte piece of a tile [ROWS, COLS] of T that is this thread's own.  UNROLL:
+// more where f waits for global memory; registers are what it costs.
+template <typename T, int ROWS, int COLS, int THREADS, int UNROLL = 1, typename F>
 __device__ __forceinline__ void each_piece(F f) {
   constexpr int kWidth = Vec<T>::kSize, kPerRow = COLS / kWidth, kPieces = ROWS * kPerRow;
   static_assert(COLS % kWidth == 0);
-#pragma unroll
+#pragma unroll UNROLL
   for (int first = 0; first < kPieces; first += THREADS) {
     const int piece = first + int(threadIdx.x);
     if (kPieces % THREADS == 0 || piece < kPieces) f(piece / kPerRow, piece % kPerRow * kWidth);

@@ -6,9 +6,10 @@ namespace decomp_kernels::cuda {
 
 const char* why_not(const UpExpansion& args, int arch) {
   const bool is_up = args.up.data != nullptr;
-  const Dtype small = is_up ? args.up.dtype : args.down.dtype;
+  const Matrix& small = is_up ? args.up : args.down;
   const bool old_device = arch < 80;
-  const bool other_types = !paired(args.out.dtype, args.v.dtype) || small != args.v.dtype;
+  const bool other_types = !paired(args.out.dtype, args.v.dtype) ||
+                           (small.data && small.dtype != args.v.dtype);
   const bool other_addend = args.addend.data && args.addend.dtype != args.out.dtype;
   const bool too_large = args.C > INT32_MAX || args.R > 65536 ||
                          ceil_div(args.M, kUpRows) * ceil_div(args.C, kUpCols) > kMostBlocks;

@@ -77,7 +77,7 @@ __global__ __launch_bounds__(kUpThreads) void up_expansion(UpExpansionCall<T, S>
   __syncthreads();  // the sums take the place of the factors
   sum.each([&](int i, int j, float value) { shared.sums[i][j] = value; });
   __syncthreads();
-  each_piece<T, kUpRows, kUpCols, kUpThreads>([&](int i, int j) {
+  each_piece<T, kUpRows, kUpCols, kUpThreads, 4>([&](int i, int j) {
     constexpr int kSize = Vec<T>::kSize;
     const int64_t row = row0 + i, col = col0 + j;
     if (row >= call.M || col >= call.C) return;

@@ -42,7 +42,8 @@ using namespace decomp_kernels::cuda;
 
 namespace {
 
-constexpr int kArch = 80;
+int arch = 80;
+int64_t bank_conflicts = 0;  // of ldmatrix, in the last pass
 
 // Arrays of one launch, by bytes: their types are known at run time alone.
 class Arrays {
@@ -75,12 +76,13 @@ class Arrays {
 
   template <typename Args>
   const char* launched(const Args& args, int64_t sms, int64_t order) {
-    if (const char* reason = why_not(args, kArch)) return reason;
+    if (const char* reason = why_not(args, arch)) return reason;
     size_t needed = 0;
     if constexpr (requires { workspace_bytes(args, 1); }) needed = workspace_bytes(args, int(sms));
     void* workspace = needed ? memory_.scratch<unsigned char>(int64_t(needed)) : nullptr;
     EmulatedStream stream{uint64_t(order)};
     launch(args, workspace, int(sms), &stream);
+    bank_conflicts = stream.bank_conflicts;
     return memory_.finish();
   }
 
@@ -93,6 +95,13 @@ class Arrays {
 };
 
 }  // namespace
+
+extern "C" const char* set_arch(int64_t to) {
+  arch = int(to);
+  return nullptr;
+}
+
+extern "C" int64_t count_bank_conflicts() { return bank_conflicts; }
 
 #if HAS(DOWN_PROJECTION)
 extern "C" const char* run_down_projection(

@@ -9,6 +9,7 @@ enum cudaError_t { cudaSuccess, cudaErrorUnknown };
 
 struct EmulatedStream {
   uint64_t seed;
+  int64_t bank_conflicts = 0;  // of ldmatrix, in all launches
 };
 using cudaStream_t = EmulatedStream*;
 
@@ -27,6 +28,7 @@ cudaError_t enqueue(void (*kernel)(Parameters), int64_t blocks, int threads, siz
                                  .shared = shared,
                                  .seed = stream->seed};
   const bool ran = cuda_on_host::launch(how, [&] { kernel(parameters); });
+  stream->bank_conflicts += cuda_on_host::bank_conflicts;
   return ran ? cudaSuccess : cudaErrorUnknown;
 }
 
