@@ -1,4 +1,5 @@
-// What the arguments of the device passes are made of: pointers, types, strides.  No torch, no kernels.
+// What the arguments of the device passes are made of: pointers, types, strides.  No torch, no
+// kernels.
 
 #pragma once
 

@@ -1,10 +1,11 @@
 // The kernel of the column walk (interface and formulas: column_walk.h).
 //
-// A block owns a strip of columns, up to 64 of the ranks and a share of the rows.  c, s and p stay in
-// registers over the share, and the strip's part of right stays in shared memory; u leaves as one
-// partial for each strip.  Blocks of one strip that differ in the rank are neighbours: big comes from
-// HBM once and from the level-2 cache after that.  What needs no rank (s, p and the scaled matrices)
-// is the first rank block's and is taken from registers, each thread at columns of its own.
+// A block owns a strip of columns, up to 64 of the ranks and a share of the rows.  c, s and p stay
+// in registers over the share, and the strip's part of right stays in shared memory; u leaves as
+// one partial for each strip.  Blocks of one strip that differ in the rank are neighbours: big
+// comes from HBM once and from the level-2 cache after that.  What needs no rank (s, p and the
+// scaled matrices) is the first rank block's and is taken from registers, each thread at columns of
+// its own.
 
 #pragma once
 
@@ -25,7 +26,8 @@ struct WalkShared {
   static constexpr int kParts = Pairing<T, S>::kParts, kStages = 3;
   // A wide strip means few partials of u; right's part of it, [kCols, BR], must find room.
   static constexpr bool kNarrow = sizeof(E) == 2;
-  static constexpr int kCols = BR == 16 && kNarrow ? 256 : BR < 64 || (kNarrow && kParts == 1) ? 128 : 64;
+  static constexpr bool kLargeRight = BR == 64 && !(kNarrow && kParts == 1);
+  static constexpr int kCols = BR == 16 && kNarrow ? 256 : kLargeRight ? 64 : 128;
   static constexpr int kGroups = kWalkThreads / (kCols / Vec<T>::kSize);
 
   union {
@@ -161,8 +163,9 @@ __global__ __launch_bounds__(kWalkThreads, 2) void column_walk(ColumnWalkCall<T,
     fetch(m + (kStages - 1) * kWalkRows);
     if (with_columns)
       each_piece<T, kWalkRows, kCols, kWalkThreads, 2>([&](int row, int col) {
-        const Vec<T>& vec = *reinterpret_cast<const Vec<T>*>(&shared.big.ring[stage].at[0][row][col]);
-        columns.take(call, m + row, col0 + col, vec, shared.scale + col);
+        const T* place = &shared.big.ring[stage].at[0][row][col];
+        columns.take(call, m + row, col0 + col, *reinterpret_cast<const Vec<T>*>(place),
+                     shared.scale + col);
       });
     prepare_big(with_c && call.mask.seed && !twice);
     if (with_c)

@@ -41,8 +41,8 @@ size_t workspace_bytes(const ColumnWalk& args, int device_sms);
 
 cudaError_t launch(const ColumnWalk& args, void* workspace, int device_sms, cudaStream_t stream);
 
-// Whether the partial results of u, written and read once, are fewer bytes than another read of big,
-// which a down projection of big would be.
+// Whether the partial results of u, written and read once, are fewer bytes than another read of
+// big, which a down projection of big would be.
 bool u_is_cheap(const ColumnWalk& args);
 
 }  // namespace decomp_kernels::cuda

@@ -3,8 +3,8 @@
 //     x [M, K]    down [R, K], x's type or float32    in_scale [K]    core [R]    t, v [M, R]
 //
 // t, v or both: no data where one is not asked for.  v is made from t as rounded to its type, as a
-// backward that is given t sees it (t's type counts where t itself is not stored).  Sums are float32;
-// with down in float32 they keep its precision, and x is not converted in memory.
+// backward that is given t sees it (t's type counts where t itself is not stored).  Sums are
+// float32; with down in float32 they keep its precision, and x is not converted in memory.
 
 #pragma once
 
@@ -26,8 +26,8 @@ struct DownProjection {
 // nullptr, or why there is no kernel for it.  arch: 10 * major + minor of the compute capability.
 const char* why_not(const DownProjection& args, int arch);
 
-// Few rows leave multiprocessors idle, so K is split among blocks; their sums pass through here.  For
-// the arguments of the launch, results included.
+// Few rows leave multiprocessors idle, so K is split among blocks; their sums pass through
+// here.  For the arguments of the launch, results included.
 size_t workspace_bytes(const DownProjection& args, int device_sms);
 
 cudaError_t launch(const DownProjection& args, void* workspace, int device_sms,

@@ -1,8 +1,8 @@
 // The kernel of the merged weight (interface and formula: merged_weight.h).
 //
-// A block owns a tile of out and walks the rank with exact float32 products: a merge is done once, and
-// its result is all that is left of the factors.  The sums go through shared memory, so that W and
-// out are read and written 16 bytes at a time.
+// A block owns a tile of out and walks the rank with exact float32 products: a merge is done once,
+// and its result is all that is left of the factors.  The sums go through shared memory, so that W
+// and out are read and written 16 bytes at a time.
 
 #pragma once
 
@@ -44,11 +44,11 @@ template <typename T, typename S>
 __device__ __forceinline__ Vec<T> load_weight(const MergedWeightCall<T, S>& call, int64_t row,
                                               int64_t col) {
   if (call.weight_column_stride == 1) return load(call.weight, row, col);
+  const T* start = call.weight.data + row * call.weight.stride;
   Vec<T> vec{};
 #pragma unroll
   for (int j = 0; j < Vec<T>::kSize; ++j)
-    if (col + j < call.K)
-      vec.at[j] = call.weight.data[row * call.weight.stride + (col + j) * call.weight_column_stride];
+    if (col + j < call.K) vec.at[j] = start[(col + j) * call.weight_column_stride];
   return vec;
 }
 

@@ -2,8 +2,8 @@
 //
 //     W, out [N, K]    up [N, R]    down [R, K]    core [R]    in_scale [K]    out_scale [N]
 //
-// up and down are of W's type or float32, both of one, or both absent; so may core and the scales be.
-// W has any stride between columns too.  out may be W where W is contiguous.
+// up and down are of W's type or float32, both of one, or both absent; so may core and the scales
+// be. W has any stride between columns too.  out may be W where W is contiguous.
 
 #pragma once
 

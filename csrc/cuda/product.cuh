@@ -5,9 +5,9 @@
 // is rounded to 16 bits itself).  On the ordinary float32 units for everything else.
 //
 // The tensor cores cut the bits that a running sum cannot hold instead of rounding, which adds up
-// along a long sum.  Where operands have parts, so where float32's precision is asked for, each tile
-// is summed from zero, the low parts first, and that sum is added to the running one by an ordinary
-// addition.
+// along a long sum.  Where operands have parts, so where float32's precision is asked for, each
+// tile is summed from zero, the low parts first, and that sum is added to the running one by an
+// ordinary addition.
 
 #pragma once
 
@@ -96,7 +96,8 @@ struct Sum {
       }
 #pragma unroll
       for (int j = 0; j < kTilesJ; j += 2) {
-        // The second two of the four matrices are the next eight j; a lone tile reads its own twice.
+        // The second two of the four matrices are the next eight j; a lone tile reads its own
+        // twice.
         const int at_j = first_j + 8 * j + (kTilesJ > 1 ? which / 2 * 8 : 0);
         uint32_t right[4];
         if constexpr (B == Layout::kSummedLast)

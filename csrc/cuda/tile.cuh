@@ -4,9 +4,9 @@
 //     Operand<S, E, ROWS, COLS, PARTS, STAGES>   a ring of tiles of S that cp.async fills, and
 //                                           the tile of E that is made of the present one
 //
-// cp.async keeps many bytes under way without registers.  A thread may use the pieces that it copied
-// itself as soon as its own wait is over, so masks, scales and conversions cost no barrier: the one
-// that every product needs comes after them.
+// cp.async keeps many bytes under way without registers.  A thread may use the pieces that it
+// copied itself as soon as its own wait is over, so masks, scales and conversions cost no barrier:
+// the one that every product needs comes after them.
 
 #pragma once
 
@@ -88,8 +88,8 @@ struct Tile {
   alignas(16) E at[PARTS][ROWS][kPitch];
 };
 
-// f(row, col) of every 16-byte piece of a tile [ROWS, COLS] of T that is this thread's own.  UNROLL:
-// more where f waits for global memory; registers are what it costs.
+// f(row, col) of every 16-byte piece of a tile [ROWS, COLS] of T that is this thread's own.
+// UNROLL: more where f waits for global memory; registers are what it costs.
 template <typename T, int ROWS, int COLS, int THREADS, int UNROLL = 1, typename F>
 __device__ __forceinline__ void each_piece(F f) {
   constexpr int kWidth = Vec<T>::kSize, kPerRow = COLS / kWidth, kPieces = ROWS * kPerRow;

@@ -1,7 +1,8 @@
 // The kernel of the up expansion (interface and formula: up_expansion.h).
 //
 // A block owns a tile of out and walks the rank.  The sums go through shared memory, so that addend
-// and out are read and written 16 bytes at a time and a mask word serves the four elements it is for.
+// and out are read and written 16 bytes at a time and a mask word serves the four elements it is
+// for.
 
 #pragma once
 
@@ -13,8 +14,8 @@ namespace decomp_kernels::cuda {
 
 inline constexpr int kUpThreads = 256, kUpRows = 64, kUpCols = 128;
 
-// A sum that is rounded to 16 bits takes float32 factors as two bf16 parts each: three of their four
-// products carry all but 2^-16 of it.
+// A sum that is rounded to 16 bits takes float32 factors as two bf16 parts each: three of their
+// four products carry all but 2^-16 of it.
 template <typename T, typename S>
 struct UpPairing {
   static constexpr bool kSplit = sizeof(T) == 2 && sizeof(S) == 4;

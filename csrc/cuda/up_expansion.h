@@ -3,9 +3,9 @@
 //     v [M, R]    small [R, C], given as it is (``down``) or transposed (``up``)
 //     bias [C]    addend [M, C]    out [M, C]
 //
-// With a mask this is the branch's part of dX (small = A); without, its part of z (small = B^T).  The
-// caller divides by the kept fraction.  v and small are of out's type or float32, both of one; bias
-// and addend may be absent.  out may be the addend itself.
+// With a mask this is the branch's part of dX (small = A); without, its part of z (small = B^T).
+// The caller divides by the kept fraction.  v and small are of out's type or float32, both of one;
+// bias and addend may be absent.  out may be the addend itself.
 
 #pragma once
 

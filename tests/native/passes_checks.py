@@ -102,8 +102,8 @@ def column_walk(
     scaled_other = torch.empty(M, N, dtype=base) if "other" in scaled else None
     call(
         library, "run_column_walk", big, CODES[base], big.stride(0), M, N, right, R, left, L,
-        CODES[adapter], *dropping(drop), given, int(in_place), scale, u, c, s, p, scaled_big, scaled_other,
-        sms, order,
+        CODES[adapter], *dropping(drop), given, int(in_place), scale, u, c, s, p, scaled_big,
+        scaled_other, sms, order,
     )  # fmt: skip
 
     def formulas(wide):
@@ -151,9 +151,7 @@ def up_expansion(
     return out
 
 
-def merged_weight(
-    library, dtype, shape, r, *, core=False, scales=False, transposed=False, order=1
-):
+def merged_weight(library, dtype, shape, r, *, core=False, scales=False, transposed=False, order=1):
     """r 0: without up and down."""
     base, adapter = DTYPES[dtype]
     N, K = shape

@@ -182,23 +182,25 @@ def test_nothing_of_no_size_is_launched(library):
 
 
 def test_says_why_it_refuses(library):
-    def refuses(reason, run):
+    def refuses(reason, run, *arguments):
         with pytest.raises(EmulationError, match=reason):
-            run()
+            run(library, *arguments)
 
-    half = {"mixed": (torch.float32, torch.bfloat16)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checks, "DTYPES", half)
-        refuses("x's dtype or float32", lambda: checks.down_projection(library, "mixed", (4, 8), 2))
-        refuses("big's dtype or float32", lambda: checks.column_walk(library, "mixed", (4, 8), 2, 2))
-        refuses("out's dtype or float32", lambda: checks.up_expansion(library, "mixed", (4, 8), 2))
-        refuses("the weight's dtype", lambda: checks.merged_weight(library, "mixed", (4, 8), 2))
-        refuses("the weight's dtype", lambda: checks.row_norm(library, "mixed", (4, 8), 2))
-    refuses("a power of two", lambda: checks.nf4(library, torch.float32, (4, 8), 48))
+        patch.setitem(checks.DTYPES, "mixed", (torch.float32, torch.bfloat16))
+        for reason, run, ranks in (
+            ("x's dtype or float32", checks.down_projection, (2,)),
+            ("big's dtype or float32", checks.column_walk, (2, 2)),
+            ("out's dtype or float32", checks.up_expansion, (2,)),
+            ("the weight's dtype or float32", checks.merged_weight, (2,)),
+            ("the weight's dtype or float32", checks.row_norm, (2,)),
+        ):
+            refuses(reason, run, "mixed", (4, 8), *ranks)
+    refuses("a power of two", checks.nf4, torch.float32, (4, 8), 48)
     call(library, "set_arch", 75)
     try:
         for run in mutants.RUNS.values():
-            refuses("compute capability 8.0", lambda run=run: run(library))
+            refuses("compute capability 8.0", run)
     finally:
         call(library, "set_arch", 80)
 
