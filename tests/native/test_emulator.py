@@ -13,6 +13,13 @@ def library(tmp_path_factory):
     return build(HERE / "emulator_check.cpp", folder / "check.so")
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """The same with every load and store watched."""
+    folder = tmp_path_factory.mktemp("watched")
+    return build(HERE / "emulator_check.cpp", folder / "check.so", races=True)
+
+
 def saxpy(library, bug=0):
     x, y = torch.randn(N), torch.randn(N)
     expected = 2.5 * x + y
@@ -112,3 +119,49 @@ def test_a_wrong_fragment_gives_wrong_numbers(library):
 def test_what_an_instruction_forbids_is_found(library, bug, message):
     with pytest.raises(EmulationError, match=message):
         product(library, torch.bfloat16, bug)
+
+
+def mirror(library, bug=0):
+    x, y = torch.randn(2, 128), torch.empty(2, 128)
+    call(library, "mirror", x, y, 2, bug)
+    assert torch.equal(y, x.flip(1))
+
+
+def mirror_warp(library, bug=0):
+    x, y = torch.randn(32), torch.empty(32)
+    call(library, "mirror_warp", x, y, bug)
+    assert torch.equal(y, 2 * x)
+
+
+def test_what_is_in_order_is_no_race(watched):
+    saxpy(watched)
+    reduced(watched, seed=5)
+    product(watched, torch.bfloat16)
+    mirror(watched)
+    mirror_warp(watched)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bug", "where"),
+    [
+        (mirror, 1, "static shared memory"),
+        (mirror, 2, "static shared memory"),
+        (mirror, 3, "an array of 1024 bytes, .* of another block"),
+        (mirror, 4, "an array of 1024 bytes"),
+        (mirror_warp, 1, "dynamic shared memory"),
+        (mirror_warp, 2, "dynamic shared memory"),
+        (mirror_warp, 3, "dynamic shared memory"),
+        (reduced, 4, "static shared memory"),
+        (lambda library, bug: product(library, torch.bfloat16, bug), 1, "dynamic shared memory"),
+    ],
+    ids=[
+        "no barrier", "stored before it is loaded", "two blocks", "global memory",
+        "no __syncwarp", "no second __syncwarp", "a shuffle for a __syncwarp",
+        "no barrier in a sum", "no wait",
+    ],
+)  # fmt: skip
+def test_a_race_is_found_in_whatever_order_it_runs(watched, kernel, bug, where):
+    with pytest.raises(
+        EmulationError, match=f"a race: it .* byte .* of {where}.* no barrier since"
+    ):
+        kernel(watched, bug)

@@ -26,6 +26,13 @@ def library(tmp_path_factory):
     return build(HERE / "mma_emulation.cpp", folder / "mma.so")
 
 
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory):
+    """The same with every load and store watched for races."""
+    folder = tmp_path_factory.mktemp("mma_watched")
+    return build(HERE / "mma_emulation.cpp", folder / "mma.so", races=True)
+
+
 @dtypes
 @tiles
 def test_forward_with_every_term(library, dtype, tile):
@@ -102,6 +109,14 @@ def test_the_order_of_blocks_and_warps_changes_no_bit(library, tile, r):
 
     first, second = outcome(0), outcome(99)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@tiles
+def test_no_race_in_shared_or_global_memory(watched, tile):
+    forward(watched, sizes=(140, 170, 270), r=7, terms=FORWARD_TERMS, tile=tile)
+    forward(watched, sizes=(67, 41, 131), terms=FORWARD_TERMS, tile=tile, padding=lambda cols: 0)
+    options = {"terms": GRADIENT_TERMS, "tile": tile, "dropping": True}
+    input_gradient(watched, sizes=(140, 270, 170), r=40, **options)
 
 
 @tiles
