@@ -15,6 +15,8 @@ __global__ void saxpy_kernel(float a, const float* x, float* y, int n, int bug) 
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (bug == 1 ? i <= n : i < n) y[i] = a * x[bug == 2 ? i + 1 : i] + y[i];
   if (bug == 3 && i == 0) const_cast<float*>(x)[0] = 1.0f;
+  if (bug == 4) y[0] = reinterpret_cast<const float4*>(x + 1)->x;
+  if (bug == 5 && i == 0) y[0] = float(n / (bug - 5));
 }
 
 __global__ __launch_bounds__(128) void reduce_kernel(const float* x, float* sums, int n, int bug) {
@@ -24,6 +26,7 @@ __global__ __launch_bounds__(128) void reduce_kernel(const float* x, float* sums
   for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += int(gridDim.x * blockDim.x))
     sum += x[i];
   if (bug == 1 && lane == 31) return;  // a lane that the shuffles' mask names
+  if (bug == 6 && lane < 16) __syncthreads();  // while the others wait for them in the shuffle
   for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
   if (bug == 2 && warp == 1) return;  // the barrier lacks a warp
   if (lane == 0) parts[bug == 3 ? warp + 1 : warp] = sum;

@@ -5,10 +5,12 @@
 
 #pragma once
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 #include <sys/mman.h>
+#include <ucontext.h>
+
+#if defined(__x86_64__) && !defined(CUDA_ON_HOST_UCONTEXT)
+#define CUDA_ON_HOST_X86 1  // ucontext asks the kernel about signals at every switch
+#endif
 
 namespace cuda_on_host {
 
@@ -17,14 +19,14 @@ inline constexpr size_t kStackBytes = 256 * 1024, kSlotBytes = 64;
 
 // One half of a context switch: where a stack of its own stopped.
 struct Context {
-#if defined(__x86_64__)
+#if defined(CUDA_ON_HOST_X86)
   void* stack_pointer = nullptr;
 #else
   ucontext_t machine;
 #endif
 };
 
-#if defined(__x86_64__)
+#if defined(CUDA_ON_HOST_X86)
 // The registers that a call preserves go on the old stack and come from the new one.
 __attribute__((naked, noinline, unused, no_sanitize("thread"))) static void switch_stacks(void** /*from*/, void* /*to*/) {
   asm volatile(

@@ -163,7 +163,8 @@ inline std::pair<unsigned char*, size_t> static_shared_memory() {
 // What a faulting thread did, told by the address, and a way out of it.
 inline void on_fault(int signal, siginfo_t* info, void*) {
   if (signal == SIGFPE) fail("an integer division by zero, or one that overflows");
-  if (signal == SIGILL) fail("a trap: an index outside a static array, or undefined behaviour");
+  if (signal == SIGILL || signal == SIGTRAP)
+    fail("a trap: an index outside a static array, or undefined behaviour");
   const auto* place = static_cast<const unsigned char*>(info->si_addr);
   auto where = [&](const Guarded& array, const std::string& kind) {
     const int64_t offset = place - array.data;
@@ -178,7 +179,7 @@ inline void on_fault(int signal, siginfo_t* info, void*) {
 }
 
 struct FaultHandlers {
-  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
   struct sigaction before[std::size(kSignals)];
   FaultHandlers() {
     struct sigaction action {};

@@ -41,6 +41,16 @@ def product(library, dtype, bug=0):
     return (d, d_rows), (a.double() @ b.double().T, a.double() @ rows.double())
 
 
+def test_contexts_of_the_system_do_as_well(tmp_path):
+    """What other processors than x86-64 switch with."""
+    portable = build(
+        HERE / "emulator_check.cpp", tmp_path / "p.so", flags=["-DCUDA_ON_HOST_UCONTEXT"]
+    )
+    reduced(portable, seed=1)
+    with pytest.raises(EmulationError, match="a store to an input"):
+        saxpy(portable, 3)
+
+
 def test_saxpy(library):
     y, expected = saxpy(library)
     torch.testing.assert_close(y, expected)
@@ -52,10 +62,18 @@ def test_saxpy(library):
         (1, "byte 4000 of an array of 4000 bytes"),
         (2, "byte 4000 of an array of 4000 bytes"),
         (3, "a store to an input, at byte 0"),
+        (4, "a trap: .* undefined behaviour"),
+        (5, "an integer division by zero"),
     ],
-    ids=["a store past the end", "a load past the end", "a store to an input"],
+    ids=[
+        "a store past the end",
+        "a load past the end",
+        "a store to an input",
+        "misaligned",
+        "n / 0",
+    ],
 )
-def test_an_access_outside_an_array_is_found(library, bug, message):
+def test_what_a_thread_must_not_do_is_found(library, bug, message):
     with pytest.raises(EmulationError, match=message):
         saxpy(library, bug)
     saxpy(library)  # and the next launch is not in its shadow
@@ -78,8 +96,9 @@ def test_a_block_reduces_in_any_order(library, seed):
         (2, "__syncthreads.*after a thread of the block returned|returned while other"),
         (3, "a trap"),
         (5, "__syncthreads.*while other threads wait in __syncthreads"),
+        (6, "waits for ever in __shfl_xor_sync"),
     ],
-    ids=["a lane leaves", "a warp leaves", "past a static array", "two barriers"],
+    ids=["a lane leaves", "a warp leaves", "past a static array", "two barriers", "half a warp"],
 )
 def test_divergence_is_an_error_and_not_a_hang(library, bug, message):
     with pytest.raises(EmulationError, match=message.replace("(", r"\(").replace(")", r"\)")):

@@ -1,12 +1,15 @@
 """csrc/cuda/mma_gemm: the kernels' own source, on the host, against the definition in float64."""
 
 import ctypes
+import re
+import shutil
+import subprocess
 
 import mma_checks as checks
 import mma_mutants as mutants
 import pytest
 import torch
-from emulator import HERE, build
+from emulator import HERE, ROOT, build
 from mma_checks import TILES, Forward, InputGradient, arguments, forward, input_gradient
 
 FORWARD_TERMS = ("addend", "out_scale", "bias", "z")
@@ -201,3 +204,29 @@ def test_the_copy_without_a_bug_passes(tmp_path):
 )
 def test_a_planted_bug_is_found(mutant):
     assert not mutants.survives(mutant)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ["80", "90a", "100a", "120a"])
+def test_every_instance_compiles_without_spills(arch, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    csrc = ROOT / "csrc"
+    command = [
+        nvcc, "-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v",
+        "--keep", "--keep-dir", str(tmp_path), f"-I{csrc / 'common'}", f"-I{csrc / 'cuda'}",
+        "-c", str(csrc / "cuda" / "mma_gemm.cu"), "-o", str(tmp_path / "mma.o"),
+    ]  # fmt: skip
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[:4000]
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", made.stderr)
+    assert spills == [("0", "0")] * 19  # 2 dtypes x 3 tiles x 3 forms, and the sum of parts
+    (ptx,) = (file.read_text() for file in tmp_path.glob("*.ptx"))
+    for instruction in (
+        "cp.async.cg.shared.global", "ldmatrix.sync.aligned.m8n8.x4.shared",
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared", "m16n8k16.row.col.f32.bf16",
+        "m16n8k16.row.col.f32.f16",
+    ):  # fmt: skip
+        assert instruction in ptx
+    assert "atom." not in ptx and "red." not in ptx
