@@ -1,6 +1,6 @@
 // CUDA on the host: a kernel's own source, compiled by a C++ compiler and run thread by thread.
 //
-//     g++ -std=c++20 -ffp-contract=off -include tests/native/cuda_on_host.h -I csrc/cuda ...
+//     g++ -std=c++20 -ffp-contract=off -fno-gnu-unique -include cuda_on_host.h ...     (emulator.py)
 //
 //     cuda_on_host::Memory memory;
 //     const float* x = memory.input(host_x, n);
@@ -15,11 +15,13 @@
 //     a barrier or a warp's collective that not every thread reaches          emulator_fibers.h
 //     an access outside an array, a store to an input, a division by zero     emulator_memory.h
 //     a misaligned cp.async, ldmatrix or vector load                          emulator_copies.h
+//     a race, where the kernels are compiled with -fsanitize=thread           emulator_races.h
 //
 // and what shows as NaN in the results: shared memory that nothing wrote, the target of a cp.async
 // before its wait, an output's element that nothing stored.
 //
-// Not modelled: time, caches, the order of sums inside a tensor core, accesses at the same time.
+// Not modelled: time, caches, the order of sums inside a tensor core.  One library is one .cpp file;
+// -fno-gnu-unique keeps the shared arrays of several libraries in a process apart.
 // A static __shared__ array's bounds are checked under -fsanitize=bounds
 // -fsanitize-undefined-trap-on-error; all other arrays' always.
 

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 # Static arrays' bounds, misaligned vectors and overflow trap, and a trap is an error of the launch.
 FLAGS = (
-    "-std=c++20", "-O2", "-g0", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra",
+    "-std=c++20", "-O1", "-g0", "-fPIC", "-fno-gnu-unique", "-ffp-contract=off", "-Wall", "-Wextra",
     "-Werror", "-Wno-unknown-pragmas", "-fsanitize=bounds,alignment,signed-integer-overflow",
     "-fsanitize-undefined-trap-on-error", "-include", "cuda_on_host.h",
 )  # fmt: skip
@@ -35,12 +35,23 @@ def build(
     *,
     includes: Sequence[Path] = INCLUDES,
     flags: Sequence[str] = (),
+    races: bool = False,
 ) -> ctypes.CDLL:
-    """``source`` as a shared library.  Earlier folders of ``includes`` hide later ones."""
+    """``source`` as a shared library.  Earlier folders of ``includes`` hide later ones.
+
+    races: every load and store of the kernels is watched (emulator_races.h), and takes longer.
+    """
     folders = [f"-I{folder}" for folder in includes]
-    command = [compiler(), *FLAGS, *folders, *flags, str(source), "-o", str(library)]
-    made = subprocess.run(command, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr[:4000]
+    # The watching functions are the emulator's own: compiled for the sanitizer, linked without it.
+    watched = ("-fsanitize=thread", "-fno-threadsafe-statics") if races else ()
+    compiled = library.with_suffix(".o")
+    gcc = compiler()
+    for command in (
+        [gcc, *FLAGS, *folders, *flags, *watched, "-c", str(source), "-o", str(compiled)],
+        [gcc, "-shared", "-Wl,-Bsymbolic", str(compiled), "-o", str(library)],
+    ):
+        made = subprocess.run(command, capture_output=True, text=True)
+        assert made.returncode == 0, made.stderr[:4000]
     return ctypes.CDLL(str(library))
 
 

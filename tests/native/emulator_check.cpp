@@ -2,6 +2,7 @@
 //
 //     saxpy          y = a x + y             reduce       sums[block] = sum of the block's x
 //     tile_product   d = a b of one 16 x 8 tile, through cp.async and ldmatrix
+//     mirror         y = x backwards in each block; mirror_warp: y = 2 x
 //
 // Bugs: 0 none; the others are named where they are.
 
@@ -14,6 +15,8 @@ __global__ void saxpy_kernel(float a, const float* x, float* y, int n, int bug) 
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (bug == 1 ? i <= n : i < n) y[i] = a * x[bug == 2 ? i + 1 : i] + y[i];
   if (bug == 3 && i == 0) const_cast<float*>(x)[0] = 1.0f;
+  if (bug == 4) y[0] = reinterpret_cast<const float4*>(x + 1)->x;
+  if (bug == 5 && i == 0) y[0] = float(n / (bug - 5));
 }
 
 __global__ __launch_bounds__(128) void reduce_kernel(const float* x, float* sums, int n, int bug) {
@@ -23,6 +26,7 @@ __global__ __launch_bounds__(128) void reduce_kernel(const float* x, float* sums
   for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < n; i += int(gridDim.x * blockDim.x))
     sum += x[i];
   if (bug == 1 && lane == 31) return;  // a lane that the shuffles' mask names
+  if (bug == 6 && lane < 16) __syncthreads();  // while the others wait for them in the shuffle
   for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, step);
   if (bug == 2 && warp == 1) return;  // the barrier lacks a warp
   if (lane == 0) parts[bug == 3 ? warp + 1 : warp] = sum;
@@ -71,6 +75,36 @@ __global__ void tile_kernel(const T* a, const T* b, const T* b_rows, float* d, f
   if (bug == 6) cp_async_16(s_a, a);                         // nothing waits for it
 }
 
+// y[i] = x[mirror of i in its block], through shared memory.  Each bug is a race that another order of
+// execution hides.
+__global__ __launch_bounds__(128) void mirror_kernel(const float* x, float* y, int bug) {
+  __shared__ float values[128];
+  const int thread = int(threadIdx.x), first = int(blockIdx.x) * 128;
+  values[thread] = x[first + thread];
+  if (bug != 1) __syncthreads();
+  const float mirrored = values[127 - thread];
+  if (bug == 2) values[thread] = 0.0f;  // another thread has yet to load it
+  if (bug == 3) y[thread] = mirrored;   // so does every block
+  y[first + thread] = mirrored;
+  if (bug == 4 && y[first + 127 - thread] == 0.5f) y[first + thread] = 0.0f;
+}
+
+// The same in a warp, where lanes run in step on no machine that this is for.
+__global__ __launch_bounds__(32) void mirror_warp_kernel(const float* x, float* y, int bug) {
+  float* values = reinterpret_cast<float*>(dynamic_shared());
+  const int lane = int(threadIdx.x);
+  values[lane] = x[lane];
+  if (bug != 1) __syncwarp();
+  const float mirrored = values[31 - lane];
+  if (bug != 2) __syncwarp();
+  values[lane] = 2.0f * mirrored;
+  if (bug == 3)
+    __shfl_sync(0xFFFFFFFFu, mirrored, 0);  // exchanges a register and orders nothing else
+  else
+    __syncwarp();
+  y[lane] = values[31 - lane];
+}
+
 }  // namespace
 }  // namespace decomp_kernels::cuda
 
@@ -93,6 +127,24 @@ extern "C" const char* reduce(const float* x, float* sums, int n, int blocks, in
   float* d_sums = memory.output(sums, blocks);
   on_host::launch({.grid = {unsigned(blocks)}, .block = {128}, .seed = seed},
                   [&] { cuda::reduce_kernel(d_x, d_sums, n, bug); });
+  return memory.finish();
+}
+
+extern "C" const char* mirror(const float* x, float* y, int blocks, int bug) {
+  on_host::Memory memory;
+  const float* d_x = memory.input(x, blocks * 128);
+  float* d_y = memory.output(y, blocks * 128);
+  on_host::launch({.grid = {unsigned(blocks)}, .block = {128}},
+                  [&] { cuda::mirror_kernel(d_x, d_y, bug); });
+  return memory.finish();
+}
+
+extern "C" const char* mirror_warp(const float* x, float* y, int bug) {
+  on_host::Memory memory;
+  const float* d_x = memory.input(x, 32);
+  float* d_y = memory.output(y, 32);
+  on_host::launch({.grid = {1}, .block = {32}, .shared = 128},
+                  [&] { cuda::mirror_warp_kernel(d_x, d_y, bug); });
   return memory.finish();
 }
 

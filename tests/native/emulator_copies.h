@@ -41,7 +41,10 @@ inline void cp_async_16(void* shared, const void* global, int bytes = 16) {
     check_aligned(global, 16, "cp.async from");
     const auto* source = static_cast<const volatile unsigned char*>(global);
     (void)source[0], (void)source[bytes - 1];  // a fault belongs here, not to the wait
+    note(global, bytes, false);
   }
+  note(shared, 16, true);
+  const Unwatched own;
   std::memset(shared, kFill, 16);
   block.current->copies.back().push_back({shared, global, bytes});
 }
@@ -55,6 +58,8 @@ inline void cp_async_wait() {
   const int committed = int(groups.size()) - 1, arrived = std::max(0, committed - pending);
   for (int g = 0; g < arrived; ++g)
     for (const auto& copy : groups[g]) {
+      ::cuda_on_host::note(copy.to, 16, true);
+      const ::cuda_on_host::Unwatched own;
       std::memset(copy.to, 0, 16);
       if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
     }

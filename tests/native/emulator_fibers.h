@@ -5,10 +5,12 @@
 
 #pragma once
 
-#if !defined(__x86_64__)
-#include <ucontext.h>
-#endif
 #include <sys/mman.h>
+#include <ucontext.h>
+
+#if defined(__x86_64__) && !defined(CUDA_ON_HOST_UCONTEXT)
+#define CUDA_ON_HOST_X86 1  // ucontext asks the kernel about signals at every switch
+#endif
 
 namespace cuda_on_host {
 
@@ -17,16 +19,16 @@ inline constexpr size_t kStackBytes = 256 * 1024, kSlotBytes = 64;
 
 // One half of a context switch: where a stack of its own stopped.
 struct Context {
-#if defined(__x86_64__)
+#if defined(CUDA_ON_HOST_X86)
   void* stack_pointer = nullptr;
 #else
   ucontext_t machine;
 #endif
 };
 
-#if defined(__x86_64__)
+#if defined(CUDA_ON_HOST_X86)
 // The registers that a call preserves go on the old stack and come from the new one.
-__attribute__((naked, noinline, unused)) static void switch_stacks(void** /*from*/, void* /*to*/) {
+__attribute__((naked, noinline, unused, no_sanitize("thread"))) static void switch_stacks(void** /*from*/, void* /*to*/) {
   asm volatile(
       "pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
       "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
@@ -105,8 +107,8 @@ struct Block {
   std::string error;
 };
 
-inline Block block;
-inline uint3 block_index{}, block_extent{}, grid_extent{};
+static Block block;
+static uint3 block_index{}, block_extent{}, grid_extent{};
 
 inline std::string describe(const uint3& i) {
   return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
@@ -126,6 +128,12 @@ inline std::string describe(const Site& site) {
   switch_context(nobody, block.host);
   __builtin_unreachable();
 }
+
+}  // namespace cuda_on_host
+
+#include "emulator_races.h"
+
+namespace cuda_on_host {
 
 inline uint64_t draw(uint64_t& state) {
   uint64_t z = state += 0x9E3779B97F4A7C15u;
@@ -191,6 +199,7 @@ inline void barrier(const Site& site) {
   wait_as(State::kAtBarrier, site);
   if (++block.waiting < int(block.fibers.size())) return hand_over();
   block.waiting = 0;
+  note_barrier();
   for (Fiber& fiber : block.fibers) make_ready(fiber);
   if (block.random) shuffle(block.order, block.random);
   // Not on with this warp: a warp that had just left would always be the one that arrived last.
@@ -224,7 +233,10 @@ Taken collective(const Site& site, uint32_t mask, const Given& given, Compute co
   meeting->arrived |= me;
   if (meeting->arrived == mask) {
     warp.meetings.erase(warp.meetings.begin() + (meeting - warp.meetings.data()));
-    compute(warp.given, warp.taken);
+    {
+      const Unwatched own;
+      compute(warp.given, warp.taken);
+    }
     for (int lane = 0; lane < kLanes; ++lane)
       if ((mask & ~me) >> lane & 1) make_ready(block.fibers[self.warp * kLanes + lane]);
   } else {
@@ -301,6 +313,7 @@ inline void run_block(const std::function<void()>& body, uint64_t random) {
   }
   block.body = &body;
   block.waiting = block.done = 0;
+  watch_block();
   block.current = &block.fibers[block.order[0] * kLanes];
   switch_context(block.host, block.current->context);
 }

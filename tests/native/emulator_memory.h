@@ -66,11 +66,11 @@ struct Guarded {
   }
 };
 
-inline Guarded* dynamic_memory = nullptr;                // of the block that runs
-inline std::pair<unsigned char*, size_t> static_memory;  // the same, and its bytes
-inline std::vector<const Guarded*> global_arrays;        // to name the one that a fault is near
-inline std::string failure;                              // the first of this Memory's launches
-inline int64_t bank_conflicts = 0;                       // of ldmatrix, in the last launch
+static Guarded* dynamic_memory = nullptr;                // of the block that runs
+static std::pair<unsigned char*, size_t> static_memory;  // the same, and its bytes
+static std::vector<const Guarded*> global_arrays;        // to name the one that a fault is near
+static std::string failure;                              // the first of this Memory's launches
+static int64_t bank_conflicts = 0;                       // of ldmatrix, in the last launch
 
 // An array is 16-byte aligned if its shift is 0: it begins ``shift`` elements after such an address.
 class Memory {
@@ -139,7 +139,7 @@ struct Launch {
 };
 
 // This library's thread-local storage: all static __shared__ arrays of all kernels.
-inline thread_local unsigned char shared_marker;
+static thread_local unsigned char shared_marker;
 
 inline std::pair<unsigned char*, size_t> static_shared_memory() {
   shared_marker = 0;  // a first use allocates it
@@ -163,7 +163,8 @@ inline std::pair<unsigned char*, size_t> static_shared_memory() {
 // What a faulting thread did, told by the address, and a way out of it.
 inline void on_fault(int signal, siginfo_t* info, void*) {
   if (signal == SIGFPE) fail("an integer division by zero, or one that overflows");
-  if (signal == SIGILL) fail("a trap: an index outside a static array, or undefined behaviour");
+  if (signal == SIGILL || signal == SIGTRAP)
+    fail("a trap: an index outside a static array, or undefined behaviour");
   const auto* place = static_cast<const unsigned char*>(info->si_addr);
   auto where = [&](const Guarded& array, const std::string& kind) {
     const int64_t offset = place - array.data;
@@ -178,7 +179,7 @@ inline void on_fault(int signal, siginfo_t* info, void*) {
 }
 
 struct FaultHandlers {
-  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
+  static constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGTRAP, SIGFPE};
   struct sigaction before[std::size(kSignals)];
   FaultHandlers() {
     struct sigaction action {};
@@ -215,6 +216,13 @@ inline bool launch(const Launch& how, const std::function<void()>& body) {
   for (size_t i = 0; i < order.size(); ++i) order[i] = uint32_t(i);
   if (random) shuffle(order, random);
   dynamic_memory = &shared;
+#if defined(__SANITIZE_THREAD__)
+  watch_nothing();
+  watch(shared.data, shared.bytes, false, "dynamic shared memory");
+  watch(static_memory.first, static_memory.second, false, "static shared memory");
+  for (const Guarded* array : global_arrays)
+    watch(array->data, array->bytes, true, "an array of " + std::to_string(array->bytes) + " bytes");
+#endif
   bank_conflicts = 0;
   block.error.clear();
   {
@@ -223,7 +231,9 @@ inline bool launch(const Launch& how, const std::function<void()>& body) {
       block_index = {i % how.grid.x, i / how.grid.x % how.grid.y, i / (how.grid.x * how.grid.y)};
       shared.fill();
       std::memset(static_memory.first, kFill, static_memory.second);
+      watching = true;
       run_block(body, random ? draw(random) | 1 : 0);
+      watching = false;
       if (block.error.empty() && !shared.slack_is_whole())
         block.error = "block " + describe(block_index) + ": a store beside dynamic shared memory";
       if (!block.error.empty()) break;

@@ -37,6 +37,7 @@ inline int conflicts_of(const unsigned char* const (&rows)[8]) {
 inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed, const Site& site) {
   check_aligned(row, 16, "ldmatrix");
   check_shared(row, 16, "ldmatrix");
+  note(row, 16, false);
   const auto result = collective<FourRegisters>(site, ~0u, row, [&](auto given, auto taken) {
     const unsigned char* rows[4][8];
     for (int lane = 0; lane < kLanes; ++lane)

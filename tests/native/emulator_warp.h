@@ -87,7 +87,10 @@ T __shfl_up_sync(unsigned mask, T value, unsigned lanes, int width = 32, CUDA_ON
 }
 
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, CUDA_ON_HOST_SITE) {
-  cuda_on_host::votes({"__syncwarp", file, line}, mask, 0);
+  const int warp = cuda_on_host::block.current->warp;
+  cuda_on_host::collective<int>({"__syncwarp", file, line}, mask, 0, [=](auto, auto) {
+    if (mask == cuda_on_host::block.warps[warp].exists) cuda_on_host::note_warp_barrier(warp);
+  });
 }
 inline unsigned __ballot_sync(unsigned mask, int value, CUDA_ON_HOST_SITE) {
   return cuda_on_host::votes({"__ballot_sync", file, line}, mask, value);

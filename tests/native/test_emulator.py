@@ -13,6 +13,13 @@ def library(tmp_path_factory):
     return build(HERE / "emulator_check.cpp", folder / "check.so")
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """The same with every load and store watched."""
+    folder = tmp_path_factory.mktemp("watched")
+    return build(HERE / "emulator_check.cpp", folder / "check.so", races=True)
+
+
 def saxpy(library, bug=0):
     x, y = torch.randn(N), torch.randn(N)
     expected = 2.5 * x + y
@@ -34,6 +41,16 @@ def product(library, dtype, bug=0):
     return (d, d_rows), (a.double() @ b.double().T, a.double() @ rows.double())
 
 
+def test_contexts_of_the_system_do_as_well(tmp_path):
+    """What other processors than x86-64 switch with."""
+    portable = build(
+        HERE / "emulator_check.cpp", tmp_path / "p.so", flags=["-DCUDA_ON_HOST_UCONTEXT"]
+    )
+    reduced(portable, seed=1)
+    with pytest.raises(EmulationError, match="a store to an input"):
+        saxpy(portable, 3)
+
+
 def test_saxpy(library):
     y, expected = saxpy(library)
     torch.testing.assert_close(y, expected)
@@ -45,10 +62,18 @@ def test_saxpy(library):
         (1, "byte 4000 of an array of 4000 bytes"),
         (2, "byte 4000 of an array of 4000 bytes"),
         (3, "a store to an input, at byte 0"),
+        (4, "a trap: .* undefined behaviour"),
+        (5, "an integer division by zero"),
     ],
-    ids=["a store past the end", "a load past the end", "a store to an input"],
+    ids=[
+        "a store past the end",
+        "a load past the end",
+        "a store to an input",
+        "misaligned",
+        "n / 0",
+    ],
 )
-def test_an_access_outside_an_array_is_found(library, bug, message):
+def test_what_a_thread_must_not_do_is_found(library, bug, message):
     with pytest.raises(EmulationError, match=message):
         saxpy(library, bug)
     saxpy(library)  # and the next launch is not in its shadow
@@ -71,8 +96,9 @@ def test_a_block_reduces_in_any_order(library, seed):
         (2, "__syncthreads.*after a thread of the block returned|returned while other"),
         (3, "a trap"),
         (5, "__syncthreads.*while other threads wait in __syncthreads"),
+        (6, "waits for ever in __shfl_xor_sync"),
     ],
-    ids=["a lane leaves", "a warp leaves", "past a static array", "two barriers"],
+    ids=["a lane leaves", "a warp leaves", "past a static array", "two barriers", "half a warp"],
 )
 def test_divergence_is_an_error_and_not_a_hang(library, bug, message):
     with pytest.raises(EmulationError, match=message.replace("(", r"\(").replace(")", r"\)")):
@@ -112,3 +138,49 @@ def test_a_wrong_fragment_gives_wrong_numbers(library):
 def test_what_an_instruction_forbids_is_found(library, bug, message):
     with pytest.raises(EmulationError, match=message):
         product(library, torch.bfloat16, bug)
+
+
+def mirror(library, bug=0):
+    x, y = torch.randn(2, 128), torch.empty(2, 128)
+    call(library, "mirror", x, y, 2, bug)
+    assert torch.equal(y, x.flip(1))
+
+
+def mirror_warp(library, bug=0):
+    x, y = torch.randn(32), torch.empty(32)
+    call(library, "mirror_warp", x, y, bug)
+    assert torch.equal(y, 2 * x)
+
+
+def test_what_is_in_order_is_no_race(watched):
+    saxpy(watched)
+    reduced(watched, seed=5)
+    product(watched, torch.bfloat16)
+    mirror(watched)
+    mirror_warp(watched)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bug", "where"),
+    [
+        (mirror, 1, "static shared memory"),
+        (mirror, 2, "static shared memory"),
+        (mirror, 3, "an array of 1024 bytes, .* of another block"),
+        (mirror, 4, "an array of 1024 bytes"),
+        (mirror_warp, 1, "dynamic shared memory"),
+        (mirror_warp, 2, "dynamic shared memory"),
+        (mirror_warp, 3, "dynamic shared memory"),
+        (reduced, 4, "static shared memory"),
+        (lambda library, bug: product(library, torch.bfloat16, bug), 1, "dynamic shared memory"),
+    ],
+    ids=[
+        "no barrier", "stored before it is loaded", "two blocks", "global memory",
+        "no __syncwarp", "no second __syncwarp", "a shuffle for a __syncwarp",
+        "no barrier in a sum", "no wait",
+    ],
+)  # fmt: skip
+def test_a_race_is_found_in_whatever_order_it_runs(watched, kernel, bug, where):
+    with pytest.raises(
+        EmulationError, match=f"a race: it .* byte .* of {where}.* no barrier since"
+    ):
+        kernel(watched, bug)

@@ -1,12 +1,15 @@
 """csrc/cuda/mma_gemm: the kernels' own source, on the host, against the definition in float64."""
 
 import ctypes
+import re
+import shutil
+import subprocess
 
 import mma_checks as checks
 import mma_mutants as mutants
 import pytest
 import torch
-from emulator import HERE, build
+from emulator import HERE, ROOT, build
 from mma_checks import TILES, Forward, InputGradient, arguments, forward, input_gradient
 
 FORWARD_TERMS = ("addend", "out_scale", "bias", "z")
@@ -24,6 +27,13 @@ dtypes = pytest.mark.parametrize("dtype", list(checks.DTYPES))
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mma")
     return build(HERE / "mma_emulation.cpp", folder / "mma.so")
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory):
+    """The same with every load and store watched for races."""
+    folder = tmp_path_factory.mktemp("mma_watched")
+    return build(HERE / "mma_emulation.cpp", folder / "mma.so", races=True)
 
 
 @dtypes
@@ -102,6 +112,14 @@ def test_the_order_of_blocks_and_warps_changes_no_bit(library, tile, r):
 
     first, second = outcome(0), outcome(99)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@tiles
+def test_no_race_in_shared_or_global_memory(watched, tile):
+    forward(watched, sizes=(140, 170, 270), r=7, terms=FORWARD_TERMS, tile=tile)
+    forward(watched, sizes=(67, 41, 131), terms=FORWARD_TERMS, tile=tile, padding=lambda cols: 0)
+    options = {"terms": GRADIENT_TERMS, "tile": tile, "dropping": True}
+    input_gradient(watched, sizes=(140, 270, 170), r=40, **options)
 
 
 @tiles
@@ -186,3 +204,29 @@ def test_the_copy_without_a_bug_passes(tmp_path):
 )
 def test_a_planted_bug_is_found(mutant):
     assert not mutants.survives(mutant)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arch", ["80", "90a", "100a", "120a"])
+def test_every_instance_compiles_without_spills(arch, tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    csrc = ROOT / "csrc"
+    command = [
+        nvcc, "-std=c++20", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v",
+        "--keep", "--keep-dir", str(tmp_path), f"-I{csrc / 'common'}", f"-I{csrc / 'cuda'}",
+        "-c", str(csrc / "cuda" / "mma_gemm.cu"), "-o", str(tmp_path / "mma.o"),
+    ]  # fmt: skip
+    made = subprocess.run(command, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[:4000]
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", made.stderr)
+    assert spills == [("0", "0")] * 19  # 2 dtypes x 3 tiles x 3 forms, and the sum of parts
+    (ptx,) = (file.read_text() for file in tmp_path.glob("*.ptx"))
+    for instruction in (
+        "cp.async.cg.shared.global", "ldmatrix.sync.aligned.m8n8.x4.shared",
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared", "m16n8k16.row.col.f32.bf16",
+        "m16n8k16.row.col.f32.f16",
+    ):  # fmt: skip
+        assert instruction in ptx
+    assert "atom." not in ptx and "red." not in ptx
