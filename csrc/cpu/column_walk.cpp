@@ -12,20 +12,22 @@ namespace {
 
 // The small operands and results of one unit, padded.
 struct Scratch {
-  float *right, *left, *u, *c;
+  float *right, *left, *u, *c, *turned;  // c [padded, kStripCols], turned [kStripCols, padded]
 
   Scratch(float* memory, int64_t padded) {
     right = aligned(memory);
     c = right + kStripCols * padded;
     left = c + kStripCols * padded;
     u = left + kChunkRows * padded;
+    turned = u + kChunkRows * padded;
   }
 };
 
-// [count, padded] to [count, r].
-void copy_out(const float* from, int64_t count, int64_t r, int64_t padded, float* to) {
-  for (int64_t i = 0; i < count; ++i, from += padded, to += r)
-    for (int64_t j = 0; j < r; j += kLanes) store_at(to, j, r, load(from + j));
+// [count, from_row] to [count, to_row], the first ``cols`` of each row.
+void copy_out(const float* from, int64_t from_row, int64_t count, int64_t cols, float* to,
+              int64_t to_row) {
+  for (int64_t i = 0; i < count; ++i, from += from_row, to += to_row)
+    for (int64_t j = 0; j < cols; j += kLanes) store_at(to, j, cols, load(from + j));
 }
 
 // scaled, and p and s added to what they are.
@@ -80,7 +82,7 @@ void walk_unit(const ColumnWalk& walk, int64_t unit, float* memory) {
   if (walk.left) {
     Panels<Kind>::small(static_cast<const S*>(walk.left) + row0 * r, r, rows, r, padded,
                         scratch.left);
-    clear(scratch.c, up_to(cols, kTileRows) * padded);
+    clear(scratch.c, padded * kStripCols);
   }
   for (int64_t j = 0; j < cols; j += kPanelCols) {
     const int64_t wide = min(kPanelCols, cols - j);
@@ -92,7 +94,7 @@ void walk_unit(const ColumnWalk& walk, int64_t unit, float* memory) {
                       s ? s + j : nullptr);
       if (walk.right) {
         Panels<Kind>::rows(big, N, high, wide, nullptr, panel);
-        product<Kind, kLine / kPer, 1>(panel, 0, high, scratch.right + j / kPer * padded, padded,
+        product<Kind, kLine / kPer, 1>(panel, 0, 0, high, scratch.right + j / kPer * padded, padded,
                                        vectors, parts(wide, kPer), scratch.u + i * padded, padded);
       }
       if (walk.left) {
@@ -100,14 +102,19 @@ void walk_unit(const ColumnWalk& walk, int64_t unit, float* memory) {
           draw(walk.seed, walk.threshold, row0 + i, col0 + j, N, high, wide, &mask);
         if (kPer == 2 || walk.threshold || !walk.right)
           Panels<Kind>::columns(big, N, high, wide, walk.threshold ? &mask : nullptr, panel);
-        product<Kind, 1, kLine>(panel, 0, wide, scratch.left + i / kPer * padded, padded, vectors,
-                                parts(high, kPer), scratch.c + j * padded, padded);
+        product<Kind, 1, 0>(scratch.left + i / kPer * padded, 0, padded, r, panel, kLine,
+                            parts(wide, kLanes), parts(high, kPer), scratch.c + j, kStripCols);
       }
     }
   }
   if (walk.right)
-    copy_out(scratch.u, rows, r, padded, walk.u + (strip * walk.M + row0) * r);
-  if (walk.left) copy_out(scratch.c, cols, r, padded, walk.c + (chunk * N + col0) * r);
+    copy_out(scratch.u, padded, rows, r, walk.u + (strip * walk.M + row0) * r, r);
+  if (walk.left && walk.c_by_rank) {
+    copy_out(scratch.c, kStripCols, r, cols, walk.c + chunk * r * N + col0, N);
+  } else if (walk.left) {
+    transpose_out(scratch.c, kStripCols, r, cols, scratch.turned, padded);
+    copy_out(scratch.turned, padded, cols, r, walk.c + (chunk * N + col0) * r, r);
+  }
 }
 
 template <typename T, typename S, typename Kind>
@@ -130,21 +137,11 @@ void column_walk(const ColumnWalk& walk, int64_t begin, int64_t end, float* scra
 }
 
 void sum_partials(const PartialSum& sum, int64_t begin, int64_t end) {
-  const int64_t r = sum.r, size = sum.rows * r;
-  for (int64_t n = begin; n < end; ++n) {
-    const float* from = sum.partials + n * r;
-    for (int64_t j = 0; j < r; j += kLanes) {
-      Floats total = floats_at(from, j, r);
-      for (int64_t part = 1; part < sum.count; ++part)
-        total = total + floats_at(from + part * size, j, r);
-      if (sum.by_rank) {
-        float lanes[kLanes];
-        store(lanes, total);
-        for (int64_t l = 0; l < min(kLanes, r - j); ++l) sum.out[(j + l) * sum.rows + n] = lanes[l];
-      } else {
-        store_at(sum.out + n * r, j, r, total);
-      }
-    }
+  for (int64_t i = begin; i < end; i += kLanes) {
+    Floats total = floats_at(sum.partials, i, end);
+    for (int64_t part = 1; part < sum.count; ++part)
+      total = total + floats_at(sum.partials + part * sum.size, i, end);
+    store_at(sum.out, i, end, total);
   }
 }
 

@@ -34,7 +34,7 @@ struct Project {
         const T* x = static_cast<const T*>(args.x) + (row0 + i) * K + j;
         if (args.threshold) draw(args.seed, args.threshold, row0 + i, j, K, high, cols, &mask);
         Panels<Kind>::rows(x, K, high, cols, args.threshold ? &mask : nullptr, panel);
-        product<Kind, kLine / kPer, 1>(panel, 0, high, args.packed + j / kPer * padded, padded,
+        product<Kind, kLine / kPer, 1>(panel, 0, 0, high, args.packed + j / kPer * padded, padded,
                                        padded / kLanes, parts(cols, kPer), t + i * padded, padded);
       }
     }

@@ -20,7 +20,7 @@ struct DownProjection {
   const void* x;     // [M, K]
   const void* down;  // [r, K]
   const void* core;  // [r], the dtype of down, or null
-  float* packed;     // [K, padded rank], or half of that in pairs
+  float* packed;     // [K and some, padded rank], or half of that in pairs
   void* t;           // [M, r], the dtype of down
   void* v;           // the same, or null
   int64_t M, K, r;
@@ -32,7 +32,7 @@ struct DownProjection {
 
   int64_t packs() const { return parts(K, kPanelCols); }
   int64_t units() const { return parts(M, kProjectRows); }
-  int64_t packed_floats() const { return (K + 1) * padded_rank(r); }
+  int64_t packed_floats() const { return (K + 2 * kRankAlign) * padded_rank(r); }
   int64_t scratch_floats() const { return kProjectRows * padded_rank(r) + 16; }  // of one thread
 };
 

@@ -1,7 +1,7 @@
-// A panel: kPanelRows x kPanelCols of a large matrix as the broadcast side of a tile product.
+// A panel: kPanelRows x kPanelCols of a large matrix as one side of a tile product.
 //
-//     rows      element (i, k) is (row i, column k) of the matrix:    [kPanelRows, kLine / kPer]
-//     columns   element (k, i) is (row k, column i):                  [kPanelRows / kPer, kLine]
+//     rows      the broadcast side, a(i, k) = (row i, column k):    [kPanelRows, kLine / kPer]
+//     columns   the side of vectors, b(k, j) = (row k, column j):   [kPanelRows / kPer, kLine]
 //
 // Each comes as floats or as bf16 pairs along k (tile_product.h), through the dropout mask or not.
 // Small operands are laid out to match: [count, padded rank], zeros in the padding.
@@ -73,14 +73,32 @@ inline void small_floats(const T* small, int64_t stride, int64_t count, int64_t 
       store(out + j, floats_at(small, j, r));
 }
 
-// columns [r, count] of a small operand whose rows are ``stride`` apart, transposed: floats
-// [count, padded].
+// from [rows, from_row] transposed: to [cols up to kLanes, to_row], whole vectors at both.
+inline void transpose_out(const float* from, int64_t from_row, int64_t rows, int64_t cols, float* to,
+                          int64_t to_row) {
+  for (int64_t i = 0; i < rows; i += kLanes)
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      Floats square[kLanes];
+      for (int l = 0; l < kLanes; ++l)
+        square[l] = i + l < rows ? load(from + (i + l) * from_row + j) : zero();
+      transpose(square);
+      for (int l = 0; l < kLanes; ++l) store(to + (j + l) * to_row + i, square[l]);
+    }
+}
+
+// Columns [r, count] of a small operand, whose rows are ``stride`` apart, as floats [count up to
+// kLanes, padded].
 template <typename T>
 inline void transposed_floats(const T* small, int64_t stride, int64_t r, int64_t count,
                               int64_t padded, float* out) {
-  for (int64_t j = 0; j < r; ++j)
-    for (int64_t k = 0; k < count; ++k) out[k * padded + j] = to_float(small[j * stride + k]);
-  for (int64_t k = 0; k < count; ++k) clear(out + k * padded + r, padded - r);
+  for (int64_t j = 0; j < padded; j += kLanes)
+    for (int64_t k = 0; k < count; k += kLanes) {
+      Floats square[kLanes];
+      for (int l = 0; l < kLanes; ++l)
+        square[l] = j + l < r ? floats_at(small + (j + l) * stride, k, count) : zero();
+      transpose(square);
+      for (int l = 0; l < kLanes; ++l) store(out + (k + l) * padded + j, square[l]);
+    }
 }
 
 // [rows, count] of a small operand as the broadcast side: [rows up to kTileRows, line].
@@ -158,17 +176,24 @@ inline void small_row_pairs(const bf16* small, int64_t rows, int64_t count, int6
   clear(out, (up_to(rows, kTileRows) - rows) * line);
 }
 
-// Transposed, as pairs along count: [ceil(count / 2), padded].
+// Transposed, as pairs along count: [ceil(count / 2) up to kLanes, padded].
 inline void transposed_pairs(const bf16* small, int64_t stride, int64_t r, int64_t count,
                              int64_t padded, float* out) {
-  for (int64_t j = 0; j < r; ++j)
-    for (int64_t k = 0; k < count; k += 2) {
-      const uint32_t high = k + 1 < count ? small[j * stride + k + 1].bits : 0;
-      const uint32_t pair = high << 16 | small[j * stride + k].bits;
-      memcpy(out + k / 2 * padded + j, &pair, sizeof pair);
+  for (int64_t j = 0; j < padded; j += 16)
+    for (int64_t k = 0; k < count; k += 32) {
+      const __mmask32 there = k + 32 <= count ? ~0u : (1u << (count - k)) - 1u;
+      Floats square[16];
+      for (int l = 0; l < 16; ++l) {
+        const __m512i pairs =
+            j + l < r ? _mm512_maskz_loadu_epi16(there, small + (j + l) * stride + k)
+                      : _mm512_setzero_si512();
+        square[l] = _mm512_castsi512_ps(pairs);
+      }
+      transpose(square);
+      for (int l = 0; l < 16; ++l) store(out + (k / 2 + l) * padded + j, square[l]);
     }
-  for (int64_t k = 0; k < count; k += 2) clear(out + k / 2 * padded + r, padded - r);
 }
+
 #endif
 
 // The forms by kind, so that an operator is written once.

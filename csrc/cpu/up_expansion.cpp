@@ -50,7 +50,7 @@ void expand_unit(const UpExpansion& args, int64_t unit, float* scratch) {
   for (int64_t i = 0; i < rows; i += kPanelRows) {
     const int64_t high = min(kPanelRows, rows - i);
     if (args.threshold) draw(args.seed, args.threshold, row0 + i, col0, N, high, cols, &mask);
-    product<Kind, 0, 1, false>(v + i * line, line, high, small, kPanelCols, parts(cols, kLanes), count,
+    product<Kind, 0, 1, false>(v + i * line, line, 0, high, small, kPanelCols, parts(cols, kLanes), count,
                                tile, kPanelCols);
     const float* added = args.bias ? bias : nullptr;
     const PanelMask* dropped = args.threshold ? &mask : nullptr;
