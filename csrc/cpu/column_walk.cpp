@@ -30,32 +30,57 @@ void copy_out(const float* from, int64_t from_row, int64_t count, int64_t cols, 
     for (int64_t j = 0; j < cols; j += kLanes) store_at(to, j, cols, load(from + j));
 }
 
-// scaled, and p and s added to what they are.
+// G vectors of columns: scaled, and p and s added to what they are.
+template <typename T, int G>
+void column_group(const ColumnWalk& walk, int64_t row, int64_t column, int64_t rows, int64_t cols,
+                  float* p, float* s) {
+  const int64_t first = row * walk.N + column, N = walk.N;
+  const T* big = static_cast<const T*>(walk.big) + first;
+  const T* other = walk.other ? static_cast<const T*>(walk.other) + first : nullptr;
+  T* scaled = walk.scaled ? static_cast<T*>(walk.scaled) + first : nullptr;
+  Floats p_sum[G], s_sum[G], scale[G];
+  for (int g = 0; g < G; ++g) {
+    p_sum[g] = p ? floats_at(p, g * kLanes, cols) : zero();
+    s_sum[g] = s ? floats_at(s, g * kLanes, cols) : zero();
+    scale[g] = scaled ? floats_at(walk.scale + column, g * kLanes, cols) : zero();
+  }
+  for (int64_t i = 0; i < rows; ++i, big += N) {
+    Floats x[G];
+    for (int g = 0; g < G; ++g) x[g] = floats_at(big, g * kLanes, cols);
+    if (s)
+      for (int g = 0; g < G; ++g) s_sum[g] = s_sum[g] + x[g];
+    if (other) {
+      for (int g = 0; g < G; ++g) p_sum[g] = fma(x[g], floats_at(other, g * kLanes, cols), p_sum[g]);
+      other += N;
+    }
+    if (scaled) {
+      if constexpr (G % 2 == 0)
+        for (int g = 0; g < G; g += 2)
+          store(scaled + g * kLanes, x[g] * scale[g], x[g + 1] * scale[g + 1]);
+      else
+        for (int g = 0; g < G; ++g) store_at(scaled, g * kLanes, cols, x[g] * scale[g]);
+      scaled += N;
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    if (p) store_at(p, g * kLanes, cols, p_sum[g]);
+    if (s) store_at(s, g * kLanes, cols, s_sum[g]);
+  }
+}
+
 template <typename T>
 void columns_of(const ColumnWalk& walk, int64_t row, int64_t column, int64_t rows, int64_t cols,
                 float* p, float* s) {
-  const int64_t first = row * walk.N + column;
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const T* big = static_cast<const T*>(walk.big) + first;
-    const T* other = walk.other ? static_cast<const T*>(walk.other) + first : nullptr;
-    T* scaled = walk.scaled ? static_cast<T*>(walk.scaled) + first : nullptr;
-    Floats p_sum = p ? floats_at(p, j, cols) : zero(), s_sum = s ? floats_at(s, j, cols) : zero();
-    const Floats scale = scaled ? floats_at(walk.scale + column, j, cols) : zero();
-    for (int64_t i = 0; i < rows; ++i) {
-      const Floats x = floats_at(big, j, cols);
-      s_sum = s_sum + x;
-      if (other) {
-        p_sum = fma(x, floats_at(other, j, cols), p_sum);
-        other += walk.N;
-      }
-      if (scaled) {
-        store_at(scaled, j, cols, x * scale);
-        scaled += walk.N;
-      }
-      big += walk.N;
+  constexpr int kGroup = 4;
+  for (int64_t j = 0; j < cols;) {
+    float *p_at = p ? p + j : nullptr, *s_at = s ? s + j : nullptr;
+    if (j + kGroup * kLanes <= cols) {
+      column_group<T, kGroup>(walk, row, column + j, rows, kGroup * kLanes, p_at, s_at);
+      j += kGroup * kLanes;
+    } else {
+      column_group<T, 1>(walk, row, column + j, rows, cols - j, p_at, s_at);
+      j += kLanes;
     }
-    if (p) store_at(p, j, cols, p_sum);
-    if (s) store_at(s, j, cols, s_sum);
   }
 }
 
@@ -86,8 +111,8 @@ void walk_unit(const ColumnWalk& walk, int64_t unit, float* memory) {
   }
   for (int64_t j = 0; j < cols; j += kPanelCols) {
     const int64_t wide = min(kPanelCols, cols - j);
-    for (int64_t i = 0; i < rows; i += kPanelRows) {
-      const int64_t high = min(kPanelRows, rows - i);
+    for (int64_t i = 0; i < rows; i += kHigh<Kind>) {
+      const int64_t high = min(kHigh<Kind>, rows - i);
       const T* big = static_cast<const T*>(walk.big) + (row0 + i) * N + col0 + j;
       if (p || s || walk.scaled)
         columns_of<T>(walk, row0 + i, col0 + j, high, wide, p ? p + j : nullptr,

@@ -15,9 +15,13 @@ namespace decomp_kernels::cpu::DK_LEVEL {
 
 inline constexpr int kLine = kPanelCols + 16;  // of a panel: neighbouring rows in different sets
 
+// Rows of a panel: as many bytes of it for pairs as for floats.
+template <typename Kind>
+inline constexpr int64_t kHigh = kPanelRows * Kind::kPer;
+
 // The mask of a panel, one bit an element; ``bits`` is null where nothing is dropped.
 struct PanelMask {
-  uint64_t bits[kPanelRows][kPanelCols / 64];
+  uint64_t bits[2 * kPanelRows][kPanelCols / 64];
 };
 
 inline void draw(uint64_t seed, uint32_t threshold, int64_t row, int64_t column, int64_t width,
@@ -110,43 +114,47 @@ inline void small_rows(const T* small, int64_t rows, int64_t count, int64_t line
 
 #ifdef DK_PAIRS
 
-// 16 elements in the low halves of 32-bit lanes; zeros past the last column and where the mask is 0.
-DK_INLINE __m512i halves_at(const bf16* line, int64_t j, int64_t cols, uint32_t bits = 0xFFFFu) {
+// 16 elements in the low halves of 32-bit lanes; zeros past the last column.
+DK_INLINE __m512i halves_at(const bf16* line, int64_t j, int64_t cols) {
   const uint32_t there = j + 16 <= cols ? 0xFFFFu : (1u << (cols - j)) - 1u;
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(there & bits), line + j));
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(there), line + j));
 }
 
-DK_INLINE uint32_t bits_at(const PanelMask* mask, int64_t i, int64_t j) {
-  return mask ? uint32_t(mask->bits[i][j / 64] >> (j % 64)) & 0xFFFFu : 0xFFFFu;
+// 32 elements; zeros past the last column and where the mask is 0.
+DK_INLINE __m512i narrow_at(const bf16* line, int64_t i, int64_t j, int64_t cols,
+                            const PanelMask* mask) {
+  uint32_t there = j + 32 <= cols ? ~0u : (1u << (cols - j)) - 1u;
+  if (mask) there &= uint32_t(mask->bits[i][j / 64] >> (j % 64));
+  return there == ~0u ? _mm512_loadu_si512(line + j)
+                      : _mm512_maskz_loadu_epi16(__mmask32(there), line + j);
 }
 
 // Pairs of neighbouring columns: what lies in memory.
 inline void panel_of_row_pairs(const bf16* big, int64_t width, int64_t rows, int64_t cols,
                                const PanelMask* mask, float* panel) {
-  for (int64_t i = 0; i < up_to(rows, kTileRows); ++i, big += width, panel += kLine / 2)
-    for (int64_t j = 0; j < cols; j += 32) {
-      uint32_t there = i < rows ? ~0u : 0u;
-      if (j + 32 > cols) there &= (1u << (cols - j)) - 1u;
-      if (mask && i < rows) there &= uint32_t(mask->bits[i][j / 64] >> (j % 64));
-      const __m512i pairs = there == ~0u ? _mm512_loadu_si512(big + j)
-                            : there      ? _mm512_maskz_loadu_epi16(there, big + j)
-                                         : _mm512_setzero_si512();
-      _mm512_storeu_si512(panel + j / 2, pairs);
-    }
+  for (int64_t i = 0; i < rows; ++i, big += width, panel += kLine / 2)
+    for (int64_t j = 0; j < cols; j += 32)
+      _mm512_storeu_si512(panel + j / 2, narrow_at(big, i, j, cols, mask));
+  for (int64_t i = rows; i < up_to(rows, kTileRows); ++i, panel += kLine / 2)
+    clear(panel, kLine / 2);
 }
 
 // Pairs of neighbouring rows, interleaved.
 inline void panel_of_column_pairs(const bf16* big, int64_t width, int64_t rows, int64_t cols,
                                   const PanelMask* mask, float* panel) {
+  alignas(64) uint16_t order[2][32];  // element p of row 0 is p, of row 1 is 32 + p
+  for (int p = 0; p < 32; ++p) {
+    order[0][p] = uint16_t(p / 2 + 32 * (p % 2));
+    order[1][p] = uint16_t(16 + order[0][p]);
+  }
+  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
   for (int64_t i = 0; i < rows; i += 2, big += 2 * width, panel += kLine)
-    for (int64_t j = 0; j < cols; j += 16) {
-      const __m512i low = halves_at(big, j, cols, bits_at(mask, i, j));
-      __m512i pairs = low;
-      if (i + 1 < rows) {
-        const __m512i high = halves_at(big + width, j, cols, bits_at(mask, i + 1, j));
-        pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-      }
-      _mm512_storeu_si512(panel + j, pairs);
+    for (int64_t j = 0; j < cols; j += 32) {
+      const __m512i low = narrow_at(big, i, j, cols, mask);
+      const __m512i high =
+          i + 1 < rows ? narrow_at(big + width, i + 1, j, cols, mask) : _mm512_setzero_si512();
+      _mm512_storeu_si512(panel + j, _mm512_permutex2var_epi16(low, first, high));
+      _mm512_storeu_si512(panel + j + 16, _mm512_permutex2var_epi16(low, second, high));
     }
 }
 

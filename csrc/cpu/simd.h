@@ -334,6 +334,20 @@ DK_INLINE void store(T* p, Floats a, int64_t n) {
   store(p, a, first_lanes(n));
 }
 
+// Two neighbouring vectors.
+DK_INLINE void store(float* p, Floats a, Floats b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+DK_INLINE void store(bf16* p, Floats a, Floats b) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+  store(p, a);
+  store(p + kLanes, b);
+#endif
+}
+
 // Sums of products of bf16 pairs.  A pair is one 32-bit element, its first half in the low 16 bits.
 // Products are exact and sums float32; subnormal inputs and results count as 0 (the instruction's
 // own arithmetic), which no sum of ordinary terms can notice.

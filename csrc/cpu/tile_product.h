@@ -31,15 +31,12 @@ struct Pairs {
 inline constexpr int kTileRows = 8;
 
 // R x J accumulators: eight at least, so that the latency of one step is hidden by the others, and
-// few enough for the 32 or 16 registers of the level.
-template <typename Kind, bool kAdd, int R, int J, int A_ROW, int A_K>
-inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row, int64_t count,
-                 float* out, int64_t out_row) {
+// few enough for the 32 or 16 registers of the level.  A stride of 0 among the template's arguments is
+// the one among the function's.
+template <typename Kind, int A_ROW, int A_K, int R, int J>
+DK_INLINE void accumulate(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row,
+                          int64_t count, Floats (&acc)[R][J]) {
   const int64_t row = A_ROW ? A_ROW : a_row, next = A_K ? A_K : a_k;
-  Floats acc[R][J];
-  for (int i = 0; i < R; ++i)
-    for (int j = 0; j < J; ++j)
-      acc[i][j] = kAdd ? load(out + i * out_row + j * kLanes) : zero();
 #pragma GCC unroll 2
   for (int64_t k = 0; k < count; ++k) {
     Floats vectors[J];
@@ -51,17 +48,25 @@ inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int
     a += next;
     b += b_row;
   }
+}
+
+template <typename Kind, int A_ROW, int A_K, int R, int J>
+inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row,
+                 int64_t count, float* out, int64_t out_row) {
+  Floats acc[R][J];
+  for (int i = 0; i < R; ++i)
+    for (int j = 0; j < J; ++j) acc[i][j] = load(out + i * out_row + j * kLanes);
+  accumulate<Kind, A_ROW, A_K>(a, a_row, a_k, b, b_row, count, acc);
   for (int i = 0; i < R; ++i)
     for (int j = 0; j < J; ++j) store(out + i * out_row + j * kLanes, acc[i][j]);
 }
 
-// kAdd = false: out = instead of out +=.
-// rows: rounded up to kTileRows here; ``a`` and ``out`` have that many.  A stride of 0 among the template's
-// arguments is the one among the function's.
-template <typename Kind, int A_ROW, int A_K, bool kAdd = true>
+inline constexpr int kWide = kLanes == 16 ? 4 : 2;  // vectors of a tile of four rows
+
+// rows: rounded up to kTileRows here; ``a`` and ``out`` have that many.
+template <typename Kind, int A_ROW, int A_K>
 inline void product(const float* a, int64_t a_row, int64_t a_k, int64_t rows, const float* b,
                     int64_t b_row, int64_t vectors, int64_t count, float* out, int64_t out_row) {
-  constexpr int kWide = kLanes == 16 ? 4 : 2;
   const int64_t row = A_ROW ? A_ROW : a_row;
   for (int64_t j = 0; j < vectors;) {
     const int64_t left = vectors - j, taken = left >= kWide ? kWide : left >= 2 ? 2 : 1;
@@ -70,14 +75,13 @@ inline void product(const float* a, int64_t a_row, int64_t a_k, int64_t rows, co
       float* to = out + i * out_row + j * kLanes;
       const float* small = b + j * kLanes;
       if (taken == kWide) {
-        constexpr int R = 4;
-        tile<Kind, kAdd, R, kWide, A_ROW, A_K>(from, a_row, a_k, small, b_row, count, to, out_row);
-        tile<Kind, kAdd, R, kWide, A_ROW, A_K>(from + R * row, a_row, a_k, small, b_row, count,
-                                         to + R * out_row, out_row);
+        tile<Kind, A_ROW, A_K, 4, kWide>(from, a_row, a_k, small, b_row, count, to, out_row);
+        tile<Kind, A_ROW, A_K, 4, kWide>(from + 4 * row, a_row, a_k, small, b_row, count,
+                                         to + 4 * out_row, out_row);
       } else if (taken == 2) {
-        tile<Kind, kAdd, kTileRows, 2, A_ROW, A_K>(from, a_row, a_k, small, b_row, count, to, out_row);
+        tile<Kind, A_ROW, A_K, kTileRows, 2>(from, a_row, a_k, small, b_row, count, to, out_row);
       } else {
-        tile<Kind, kAdd, kTileRows, 1, A_ROW, A_K>(from, a_row, a_k, small, b_row, count, to, out_row);
+        tile<Kind, A_ROW, A_K, kTileRows, 1>(from, a_row, a_k, small, b_row, count, to, out_row);
       }
     }
     j += taken;
