@@ -12,7 +12,8 @@ namespace {
 
 // The small operands and results of one unit, padded.
 struct Scratch {
-  float *right, *left, *u, *c, *turned;  // c [padded, kStripCols], turned [kStripCols, padded]
+  // c [strip / panel, padded, kPanelCols], turned [kPanelCols, padded]
+  float *right, *left, *u, *c, *turned;
 
   Scratch(float* memory, int64_t padded) {
     right = aligned(memory);
@@ -128,17 +129,23 @@ void walk_unit(const ColumnWalk& walk, int64_t unit, float* memory) {
         if (kPer == 2 || walk.threshold || !walk.right)
           Panels<Kind>::columns(big, N, high, wide, walk.threshold ? &mask : nullptr, panel);
         product<Kind, 1, 0>(scratch.left + i / kPer * padded, 0, padded, r, panel, kLine,
-                            parts(wide, kLanes), parts(high, kPer), scratch.c + j, kStripCols);
+                            parts(wide, kLanes), parts(high, kPer), scratch.c + j * padded,
+                            kPanelCols);
       }
     }
   }
   if (walk.right)
     copy_out(scratch.u, padded, rows, r, walk.u + (strip * walk.M + row0) * r, r);
-  if (walk.left && walk.c_by_rank) {
-    copy_out(scratch.c, kStripCols, r, cols, walk.c + chunk * r * N + col0, N);
-  } else if (walk.left) {
-    transpose_out(scratch.c, kStripCols, r, cols, scratch.turned, padded);
-    copy_out(scratch.turned, padded, cols, r, walk.c + (chunk * N + col0) * r, r);
+  if (!walk.left) return;
+  for (int64_t j = 0; j < cols; j += kPanelCols) {
+    const int64_t wide = min(kPanelCols, cols - j), column = col0 + j;
+    const float* c = scratch.c + j * padded;
+    if (walk.c_by_rank) {
+      copy_out(c, kPanelCols, r, wide, walk.c + chunk * r * N + column, N);
+    } else {
+      transpose_out(c, kPanelCols, r, wide, scratch.turned, padded);
+      copy_out(scratch.turned, padded, wide, r, walk.c + (chunk * N + column) * r, r);
+    }
   }
 }
 

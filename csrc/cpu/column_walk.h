@@ -37,7 +37,7 @@ struct ColumnWalk {
   int64_t strips() const { return parts(N, kStripCols); }
   int64_t units() const { return chunks() * strips(); }
   int64_t scratch_floats() const {  // of one thread
-    return (3 * kStripCols + 2 * kChunkRows) * padded_rank(r) + 16;
+    return (2 * kStripCols + 2 * kChunkRows + kPanelCols) * padded_rank(r) + 16;
   }
 };
 

@@ -35,7 +35,8 @@ void expand_tile(const float* v, int64_t line, const float* small, int64_t count
   Floats acc[kTall][J];
   for (int a = 0; a < kTall; ++a)
     for (int b = 0; b < J; ++b) acc[a][b] = zero();
-  accumulate<Kind, 0, 1>(v + i * line, line, 0, small + j, kExpandCols, count, acc);
+  const float* columns = small + j / kPanelCols * kPanelCols * line + j % kPanelCols;
+  accumulate<Kind, 0, 1>(v + i * line, line, 0, columns, kPanelCols, count, acc);
   for (int a = 0; a < kTall; ++a) {
     if (i + a >= to.rows) return;
     T* out = to.out + (i + a) * to.N;
@@ -57,9 +58,11 @@ void expand_unit(const UpExpansion& args, int64_t unit, float* scratch) {
   const int64_t rows = min(kExpandRows, args.M - row0), cols = min(kExpandCols, N - col0);
   alignas(64) float bias[kExpandCols];
   uint64_t mask[kHighest * kExpandCols / 64];
-  float* small = aligned(scratch);           // [count, kExpandCols]
-  float* v = small + padded * kExpandCols;   // [rows, padded]
-  Panels<Kind>::small(static_cast<const S*>(args.small) + col0, N, r, cols, kExpandCols, small);
+  float* small = aligned(scratch);          // [cols / kPanelCols, padded, kPanelCols]
+  float* v = small + padded * kExpandCols;  // [rows, padded]
+  for (int64_t j = 0; j < cols; j += kPanelCols)
+    Panels<Kind>::small(static_cast<const S*>(args.small) + col0 + j, N, r,
+                        min(kPanelCols, cols - j), kPanelCols, small + j * padded);
   Panels<Kind>::small_as_rows(static_cast<const S*>(args.v) + row0 * r, rows, r, padded, v);
   if (args.bias && args.bias_dtype == Dtype::kFloat)
     small_floats(static_cast<const float*>(args.bias) + col0, 0, 1, cols, kExpandCols, bias);
