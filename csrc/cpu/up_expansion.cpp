@@ -9,15 +9,15 @@
 namespace decomp_kernels::cpu::DK_LEVEL {
 namespace {
 
-constexpr int64_t kHighest = 32;  // rows between which a group of columns of ``small`` stays in cache
-constexpr int kTall = 4;          // rows of a tile
+constexpr int kTall = 4;               // rows of a tile
+constexpr int64_t kCached = 16 << 10;  // bytes of ``small`` that stay in the level-1 cache
 
-// What is added to the products of up to kHighest rows and a strip of columns, and where they go.
+// What is added to the products of up to kTall rows and some columns, and where they go.
 template <typename T>
 struct Target {
-  T* out;              // at the first row and column
-  const T* addend;     // the same, or null
-  const float* bias;   // [cols] and zeros, or null
+  T* out;                // at the first row and column
+  const T* addend;       // the same, or null
+  const float* bias;     // [cols] and zeros, or null
   const uint64_t* mask;  // [rows, kExpandCols / 64], or null
   int64_t N, rows, cols;
 
@@ -31,21 +31,21 @@ struct Target {
 
 template <typename Kind, typename T, int J>
 void expand_tile(const float* v, int64_t line, const float* small, int64_t count,
-                 const Target<T>& to, int64_t i, int64_t j) {
+                 const Target<T>& to, int64_t j) {
   Floats acc[kTall][J];
   for (int a = 0; a < kTall; ++a)
     for (int b = 0; b < J; ++b) acc[a][b] = zero();
   const float* columns = small + j / kPanelCols * kPanelCols * line + j % kPanelCols;
-  accumulate<Kind, 0, 1>(v + i * line, line, 0, columns, kPanelCols, count, acc);
+  accumulate<Kind, 0, 1>(v, line, 0, columns, kPanelCols, count, acc);
   for (int a = 0; a < kTall; ++a) {
-    if (i + a >= to.rows) return;
-    T* out = to.out + (i + a) * to.N;
+    if (a >= to.rows) return;
+    T* out = to.out + a * to.N;
     if constexpr (J == 1) {
-      store_at(out, j, to.cols, to.finished(acc[a][0], i + a, j));
+      store_at(out, j, to.cols, to.finished(acc[a][0], a, j));
     } else {
       for (int b = 0; b < J; b += 2)
-        store(out + j + b * kLanes, to.finished(acc[a][b], i + a, j + b * kLanes),
-              to.finished(acc[a][b + 1], i + a, j + (b + 1) * kLanes));
+        store(out + j + b * kLanes, to.finished(acc[a][b], a, j + b * kLanes),
+              to.finished(acc[a][b + 1], a, j + (b + 1) * kLanes));
     }
   }
 }
@@ -57,7 +57,7 @@ void expand_unit(const UpExpansion& args, int64_t unit, float* scratch) {
   const int64_t col0 = unit % args.strips() * kExpandCols;
   const int64_t rows = min(kExpandRows, args.M - row0), cols = min(kExpandCols, N - col0);
   alignas(64) float bias[kExpandCols];
-  uint64_t mask[kHighest * kExpandCols / 64];
+  uint64_t mask[kTall * kExpandCols / 64];
   float* small = aligned(scratch);          // [cols / kPanelCols, padded, kPanelCols]
   float* v = small + padded * kExpandCols;  // [rows, padded]
   for (int64_t j = 0; j < cols; j += kPanelCols)
@@ -69,25 +69,28 @@ void expand_unit(const UpExpansion& args, int64_t unit, float* scratch) {
   else if (args.bias)
     small_floats(static_cast<const bf16*>(args.bias) + col0, 0, 1, cols, kExpandCols, bias);
 
-  for (int64_t i0 = 0; i0 < rows; i0 += kHighest) {
-    const int64_t first = (row0 + i0) * N + col0;
-    const Target<T> to{static_cast<T*>(args.out) + first,
-                       args.addend ? static_cast<const T*>(args.addend) + first : nullptr,
-                       args.bias ? bias : nullptr, args.threshold ? mask : nullptr, N,
-                       min(kHighest, rows - i0), cols};
-    if (args.threshold)
-      for (int64_t i = 0; i < to.rows; ++i)
-        kept_bits(args.seed, uint64_t(first + i * N), cols, args.threshold,
-                  mask + i * (kExpandCols / 64));
-    for (int64_t j = 0; j < cols;) {
-      const bool wide = j + kWide * kLanes <= cols;
-      for (int64_t i = 0; i < to.rows; i += kTall) {
-        if (wide) expand_tile<Kind, T, kWide>(v + i0 * padded, padded, small, count, to, i, j);
-        else expand_tile<Kind, T, 1>(v + i0 * padded, padded, small, count, to, i, j);
+  // As many columns as the cache holds of ``small``, so that long pieces of rows are written.
+  const int64_t most = kCached / int64_t(sizeof(float)) / (count ? count : 1);
+  const int64_t step = most < kPanelCols ? kPanelCols : most / kPanelCols * kPanelCols;
+  for (int64_t j0 = 0; j0 < cols; j0 += step)
+    for (int64_t i = 0; i < rows; i += kTall) {
+      const int64_t first = (row0 + i) * N + col0 + j0;
+      const Target<T> to{static_cast<T*>(args.out) + first,
+                         args.addend ? static_cast<const T*>(args.addend) + first : nullptr,
+                         args.bias ? bias + j0 : nullptr, args.threshold ? mask : nullptr, N,
+                         min(kTall, rows - i), min(step, cols - j0)};
+      if (args.threshold)
+        for (int64_t a = 0; a < to.rows; ++a)
+          kept_bits(args.seed, uint64_t(first + a * N), to.cols, args.threshold,
+                    mask + a * (kExpandCols / 64));
+      for (int64_t j = 0; j < to.cols;) {
+        const float *left = v + i * padded, *right = small + j0 * padded;
+        const bool wide = j + kWide * kLanes <= to.cols;
+        if (wide) expand_tile<Kind, T, kWide>(left, padded, right, count, to, j);
+        else expand_tile<Kind, T, 1>(left, padded, right, count, to, j);
+        j += wide ? kWide * kLanes : kLanes;
       }
-      j += wide ? kWide * kLanes : kLanes;
     }
-  }
 }
 
 template <typename S, typename Kind>
