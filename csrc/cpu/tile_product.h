@@ -50,15 +50,19 @@ DK_INLINE void accumulate(const float* a, int64_t a_row, int64_t a_k, const floa
   }
 }
 
+// The sum over one panel is made first and then added: long sums in two steps lose fewer digits.
 template <typename Kind, int A_ROW, int A_K, int R, int J>
 inline void tile(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row,
                  int64_t count, float* out, int64_t out_row) {
   Floats acc[R][J];
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < J; ++j) acc[i][j] = load(out + i * out_row + j * kLanes);
+    for (int j = 0; j < J; ++j) acc[i][j] = zero();
   accumulate<Kind, A_ROW, A_K>(a, a_row, a_k, b, b_row, count, acc);
   for (int i = 0; i < R; ++i)
-    for (int j = 0; j < J; ++j) store(out + i * out_row + j * kLanes, acc[i][j]);
+    for (int j = 0; j < J; ++j) {
+      float* to = out + i * out_row + j * kLanes;
+      store(to, load(to) + acc[i][j]);
+    }
 }
 
 inline constexpr int kWide = kLanes == 16 ? 4 : 2;  // vectors of a tile of four rows
