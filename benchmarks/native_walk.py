@@ -5,7 +5,7 @@
     python benchmarks/native_walk.py --only dora --rounds 50 --level avx2
 
 Both sides compute the same results from the same tensors, small ones included, in alternate calls.
-A ratio is the library's time over the kernel's, of one round; the table has its median and quartiles.
+A ratio is the library's time over the kernel's, of one round; the table has median and quartiles.
 """
 
 import argparse
@@ -160,7 +160,9 @@ def main() -> None:
         library.ops().set_cpu_level(args.level)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     print(f"{args.threads} thread(s), {library.ops().cpu_level()}, torch {torch.__version__}")
-    print(f"{'kernel':26}{'M x K = N':>12}{'r':>4}  {'dtype':21}{'aten ms':>8}{'native':>8}{'ratio':>7}")
+    print(
+        f"{'kernel':26}{'M x K = N':>12}{'r':>4}  {'dtype':21}{'aten ms':>8}{'native':>8}{'ratio':>7}"
+    )
     for name, dtypes in DTYPES.items():
         if args.dtype and args.dtype != name:
             continue
@@ -169,8 +171,8 @@ def main() -> None:
                 operands = layer(M, K, N, r, *dtypes)
                 for case, build in CASES.items():
                     if args.only.lower() in case.lower():
-                        head = f"{case:26}{f'{M} x {K}':>12}{r:>4}  {name:21}"
-                        print(head + row(build(operands), args.rounds, clock), flush=True)
+                        print(f"{case:26}{f'{M} x {K}':>12}{r:>4}  {name:21}", end="")
+                        print(row(build(operands), args.rounds, clock), flush=True)
 
 
 def row(pair: Pair, rounds: int, clock: Callable[[], float]) -> str:

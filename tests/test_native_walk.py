@@ -23,8 +23,9 @@ LEVELS = ["generic", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [(F32, F32), (B16, B16), (B16, F32), (F32, B16)]  # of the large and of the small operands
 RANKS = [1, 3, 16, 17, 64, 100]
 ACTIVATIONS = ["identity", "relu", "silu", "gelu", "tanh"]
-# Rows and columns around the sizes of panels (32 x 128) and of units of work (256 x 512).
-SHAPES = [(1, 1), (2, 31), (7, 33), (33, 128), (67, 131), (300, 70), (5, 1037)]
+# Rows and columns around the sizes of panels (32 or 64 x 128) and of units of work (512 x 256, 64
+# rows, 256 x 512).
+SHAPES = [(1, 1), (2, 31), (7, 33), (33, 128), (67, 131), (1030, 40), (5, 1037)]
 
 dtypes = pytest.mark.parametrize(
     ("wide", "small"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
@@ -149,7 +150,7 @@ def test_each_result_stands_alone(level):
         for p in (0.0, 0.5):
             whole = OPS.column_walk(big, right, left, other, scale, seed, p, True, False)
             for asked in itertools.product([True, False], repeat=5):
-                some = [x if a else None for x, a in zip((right, left, other, scale), asked)]  # noqa: B905
+                some = [x if a else None for x, a in zip((right, left, other, scale), asked)]
                 part = OPS.column_walk(big, *some, seed, p, asked[4], False)
                 order = asked[0], asked[1], asked[2], asked[4], asked[3]
                 for one, reference, there in zip(part, whole, order, strict=True):
@@ -205,7 +206,9 @@ def test_all_but_nothing_is_dropped(level):
         t, _ = OPS.down_projection(x, eye, None, seed, 1.0, p, "identity")
         kept = keep_mask(seed, (64, 129), p)
         assert torch.equal(t != 0, kept)
-        assert torch.equal(OPS.up_expansion(x, eye.new_ones(129, 129), None, None, seed, p, F32) != 0, kept)
+        assert torch.equal(
+            OPS.up_expansion(x, eye.new_ones(129, 129), None, None, seed, p, F32) != 0, kept
+        )
         without = OPS.down_projection(x, eye, None, None, 1.0, p, "identity")[0]
         assert torch.equal(without, x)  # no seed: no mask
 
@@ -241,36 +244,37 @@ def test_schema():
 
 X, DOWN, UP, V = torch.ones(5, 6), torch.ones(3, 6), torch.ones(6, 3), torch.ones(5, 3)
 SEED, TALL = torch.tensor(1), torch.ones(6, 5)
+PROJECT, WALK, EXPAND = "down_projection", "column_walk", "up_expansion"
 WRONG = [
-    ("down_projection", (X, DOWN[:, :5], None, None, 1.0, 0.0, "relu"), r"down must have shape \(any, 6\)"),
-    ("down_projection", (X[0], DOWN, None, None, 1.0, 0.0, "relu"), r"x must have shape \(any, any\)"),
-    ("down_projection", (TALL.T, DOWN, None, None, 1.0, 0.0, "relu"), "x must be contiguous"),
-    ("down_projection", (X.half(), DOWN, None, None, 1.0, 0.0, "relu"), "x must be float32 or bfloat16"),
-    ("down_projection", (X, DOWN.double(), None, None, 1.0, 0.0, "relu"), "down must be float32"),
-    ("down_projection", (X, DOWN, V[0].bfloat16(), None, 1.0, 0.0, "relu"), "core must be Float"),
-    ("down_projection", (X, DOWN, X[0], None, 1.0, 0.0, "relu"), r"core must have shape \(3\)"),
-    ("down_projection", (X, DOWN, None, None, 1.0, 0.0, "step"), "activation must be .* got step"),
-    ("down_projection", (X, DOWN, None, SEED.int(), 1.0, 0.5, "relu"), "seed must be Long"),
-    ("down_projection", (X, DOWN, None, X, 1.0, 0.5, "relu"), "seed must hold one element"),
-    ("down_projection", (X, DOWN, None, SEED, 1.0, 1.0, "relu"), r"dropout must be in \[0, 1\)"),
-    ("down_projection", (X, DOWN, None, SEED, 1.0, 1 - 1e-9, "relu"), "dropout must keep something"),
-    ("down_projection", (X, DOWN, None, SEED, 1.0, float("nan"), "relu"), r"dropout must be in"),
-    ("column_walk", (X, DOWN, None, None, None, None, 0.0, False), r"right must have shape \(6, any\)"),
-    ("column_walk", (X, None, UP, None, None, None, 0.0, False), r"left must have shape \(5, any\)"),
-    ("column_walk", (X, UP, V[:, :2], None, None, None, 0.0, False), r"left must have shape \(5, 3\)"),
-    ("column_walk", (X, UP, V.bfloat16(), None, None, None, 0.0, False), "left must be Float"),
-    ("column_walk", (X, None, None, TALL, None, None, 0.0, False), r"other must have shape \(5, 6\)"),
-    ("column_walk", (X, None, None, X.bfloat16(), None, None, 0.0, False), "other must be Float"),
-    ("column_walk", (X, None, None, None, X[0].bfloat16(), None, 0.0, False), "scale must be Float"),
-    ("column_walk", (X, None, None, None, V[0], None, 0.0, False), r"scale must have shape \(6\)"),
-    ("column_walk", (X.double(), None, None, None, None, None, 0.0, True), "big must be float32"),
-    ("up_expansion", (V, UP, None, None, None, 0.0, F32), r"small must have shape \(3, any\)"),
-    ("up_expansion", (V, DOWN.bfloat16(), None, None, None, 0.0, F32), "small must be Float"),
-    ("up_expansion", (V, DOWN, V[0], None, None, 0.0, F32), r"bias must have shape \(6\)"),
-    ("up_expansion", (V, DOWN, X[0].double(), None, None, 0.0, F32), "bias must be float32"),
-    ("up_expansion", (V, DOWN, None, X, None, 0.0, B16), "addend must be BFloat16"),
-    ("up_expansion", (V, DOWN, None, TALL, None, 0.0, F32), r"addend must have shape \(5, 6\)"),
-    ("up_expansion", (V, DOWN, None, None, None, 0.0, torch.float16), "dtype must be float32 or"),
+    (PROJECT, (X, DOWN[:, :5], None, None, 1.0, 0.0, "relu"), r"down must have shape \(any, 6\)"),
+    (PROJECT, (X[0], DOWN, None, None, 1.0, 0.0, "relu"), r"x must have shape \(any, any\)"),
+    (PROJECT, (TALL.T, DOWN, None, None, 1.0, 0.0, "relu"), "x must be contiguous"),
+    (PROJECT, (X.half(), DOWN, None, None, 1.0, 0.0, "relu"), "x must be float32 or bfloat16"),
+    (PROJECT, (X, DOWN.double(), None, None, 1.0, 0.0, "relu"), "down must be float32"),
+    (PROJECT, (X, DOWN, V[0].bfloat16(), None, 1.0, 0.0, "relu"), "core must be Float"),
+    (PROJECT, (X, DOWN, X[0], None, 1.0, 0.0, "relu"), r"core must have shape \(3\)"),
+    (PROJECT, (X, DOWN, None, None, 1.0, 0.0, "step"), "activation must be .* got step"),
+    (PROJECT, (X, DOWN, None, SEED.int(), 1.0, 0.5, "relu"), "seed must be Long"),
+    (PROJECT, (X, DOWN, None, X, 1.0, 0.5, "relu"), "seed must hold one element"),
+    (PROJECT, (X, DOWN, None, SEED, 1.0, 1.0, "relu"), r"dropout must be in \[0, 1\)"),
+    (PROJECT, (X, DOWN, None, SEED, 1.0, 1 - 1e-9, "relu"), "dropout must keep something"),
+    (PROJECT, (X, DOWN, None, SEED, 1.0, float("nan"), "relu"), r"dropout must be in"),
+    (WALK, (X, DOWN, None, None, None, None, 0.0, False), r"right must have shape \(6, any\)"),
+    (WALK, (X, None, UP, None, None, None, 0.0, False), r"left must have shape \(5, any\)"),
+    (WALK, (X, UP, V[:, :2], None, None, None, 0.0, False), r"left must have shape \(5, 3\)"),
+    (WALK, (X, UP, V.bfloat16(), None, None, None, 0.0, False), "left must be Float"),
+    (WALK, (X, None, None, TALL, None, None, 0.0, False), r"other must have shape \(5, 6\)"),
+    (WALK, (X, None, None, X.bfloat16(), None, None, 0.0, False), "other must be Float"),
+    (WALK, (X, None, None, None, X[0].bfloat16(), None, 0.0, False), "scale must be Float"),
+    (WALK, (X, None, None, None, V[0], None, 0.0, False), r"scale must have shape \(6\)"),
+    (WALK, (X.double(), None, None, None, None, None, 0.0, True), "big must be float32"),
+    (EXPAND, (V, UP, None, None, None, 0.0, F32), r"small must have shape \(3, any\)"),
+    (EXPAND, (V, DOWN.bfloat16(), None, None, None, 0.0, F32), "small must be Float"),
+    (EXPAND, (V, DOWN, V[0], None, None, 0.0, F32), r"bias must have shape \(6\)"),
+    (EXPAND, (V, DOWN, X[0].double(), None, None, 0.0, F32), "bias must be float32"),
+    (EXPAND, (V, DOWN, None, X, None, 0.0, B16), "addend must be BFloat16"),
+    (EXPAND, (V, DOWN, None, TALL, None, 0.0, F32), r"addend must have shape \(5, 6\)"),
+    (EXPAND, (V, DOWN, None, None, None, 0.0, torch.float16), "dtype must be float32 or"),
 ]  # fmt: skip
 
 

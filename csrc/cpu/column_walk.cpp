@@ -1,7 +1,7 @@
-// u = big @ right    c = drop(big)^T left    p = sum_m big * other    s = sum_m big    scaled = big * scale
+// u = big right   c = drop(big)^T left   p = sum big * other   s = sum big   scaled = big * scale
 //
-// A panel of 32 x 128 is read from memory once, and everything is taken from it while it is in the
-// level-1 cache.  c of a strip of 128 columns and right's rows for it stay there from panel to panel.
+// A panel is read from memory once, and everything is taken of it while it is in the level-1
+// cache.  c of its columns and right's rows for them stay there from panel to panel.
 
 #include "column_walk.h"
 
@@ -51,7 +51,8 @@ void column_group(const ColumnWalk& walk, int64_t row, int64_t column, int64_t r
     if (s)
       for (int g = 0; g < G; ++g) s_sum[g] = s_sum[g] + x[g];
     if (other) {
-      for (int g = 0; g < G; ++g) p_sum[g] = fma(x[g], floats_at(other, g * kLanes, cols), p_sum[g]);
+      for (int g = 0; g < G; ++g)
+        p_sum[g] = fma(x[g], floats_at(other, g * kLanes, cols), p_sum[g]);
       other += N;
     }
     if (scaled) {
@@ -157,7 +158,8 @@ void walk_units(const ColumnWalk& walk, int64_t begin, int64_t end, float* scrat
 }  // namespace
 
 void column_walk(const ColumnWalk& walk, int64_t begin, int64_t end, float* scratch) {
-  const bool wide_big = walk.big_dtype == Dtype::kFloat, wide_small = walk.small_dtype == Dtype::kFloat;
+  const bool wide_big = walk.big_dtype == Dtype::kFloat;
+  const bool wide_small = walk.small_dtype == Dtype::kFloat;
   if (wide_big && wide_small) return walk_units<float, float, Singles>(walk, begin, end, scratch);
   if (wide_big) return walk_units<float, bf16, Singles>(walk, begin, end, scratch);
   if (wide_small) return walk_units<bf16, float, Singles>(walk, begin, end, scratch);

@@ -1,7 +1,7 @@
-// One read of big [M, N] for all that a backward takes from it (formulas: csrc/ops/column_walk.cpp).
+// One read of big [M, N] for all that a backward takes of it (formulas: csrc/ops/column_walk.cpp).
 //
-// A unit of work is kChunkRows x kStripCols.  It gives u for its strip of columns and c, p, s for its
-// chunk of rows; where there are several strips or chunks, those are partials, which column_walk_sum
+// A unit of work is kChunkRows x kStripCols.  It gives u of its strip of columns and c, p, s of its
+// chunk of rows; where there are several strips or chunks, those are partials, which sum_partials
 // adds in their order.
 
 #pragma once
@@ -14,7 +14,7 @@
 
 namespace decomp_kernels::cpu {
 
-inline constexpr int64_t kChunkRows = 256, kStripCols = 512;
+inline constexpr int64_t kChunkRows = 512, kStripCols = 256;
 
 struct ColumnWalk {
   const void* big;     // [M, N]

@@ -1,7 +1,7 @@
 // t = drop(x) down^T and v = phi(t) * core * scale (formulas: csrc/ops/down_projection.cpp).
 //
-// First down_projection_pack lays out ``down`` once for all rows; then a unit of work is kProjectRows
-// rows of x.
+// First down_projection_pack lays out ``down`` once for all rows, kPanelCols columns at a time; then
+// a unit of work is kProjectRows rows of x.
 
 #pragma once
 
@@ -36,7 +36,8 @@ struct DownProjection {
   int64_t scratch_floats() const { return kProjectRows * padded_rank(r) + 16; }  // of one thread
 };
 
-DK_DECLARE_AT_LEVELS(void down_projection_pack(const DownProjection& args, int64_t begin, int64_t end))
+DK_DECLARE_AT_LEVELS(void down_projection_pack(const DownProjection& args, int64_t begin,
+                                               int64_t end))
 // scratch: scratch_floats() that nobody else uses meanwhile.
 DK_DECLARE_AT_LEVELS(void down_projection(const DownProjection& args, int64_t begin, int64_t end,
                                           float* scratch))

@@ -32,7 +32,7 @@ inline void draw(uint64_t seed, uint32_t threshold, int64_t row, int64_t column,
 }
 
 DK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t up_to(int64_t n, int64_t part) { return (n + part - 1) / part * part; }
 
 // A row's vector of floats at column j, zeros past the last column.
 template <typename T>
@@ -78,8 +78,8 @@ inline void small_floats(const T* small, int64_t stride, int64_t count, int64_t 
 }
 
 // from [rows, from_row] transposed: to [cols up to kLanes, to_row], whole vectors at both.
-inline void transpose_out(const float* from, int64_t from_row, int64_t rows, int64_t cols, float* to,
-                          int64_t to_row) {
+inline void transpose_out(const float* from, int64_t from_row, int64_t rows, int64_t cols,
+                          float* to, int64_t to_row) {
   for (int64_t i = 0; i < rows; i += kLanes)
     for (int64_t j = 0; j < cols; j += kLanes) {
       Floats square[kLanes];
@@ -251,8 +251,8 @@ struct Panels<Pairs> {
                     float* out) {
     small_pairs(small, stride, count, r, padded, out);
   }
-  static void transposed(const bf16* small, int64_t stride, int64_t r, int64_t count, int64_t padded,
-                         float* out) {
+  static void transposed(const bf16* small, int64_t stride, int64_t r, int64_t count,
+                         int64_t padded, float* out) {
     transposed_pairs(small, stride, r, count, padded, out);
   }
   static void small_as_rows(const bf16* small, int64_t rows, int64_t count, int64_t line,

@@ -1,15 +1,16 @@
-// Vectors of floats at the level that a file is compiled for, and what the host kernels do with them.
+// Vectors of floats at the level that a file is compiled for, and what host kernels do with them.
 //
 //     Floats        kLanes floats: 16 (AVX-512), 8 (AVX2) or 4 (the compiler's own vectors)
 //     Mask          one truth value for each lane
-//     load, store   float or bf16 memory, whole or the first n lanes; nothing past the end is touched
+//     load, store   float or bf16 memory, whole or the first n lanes; nothing after them is touched
 //     dot_pairs     acc + a0 * b0 + a1 * b1 of bf16 pairs (VDPBF16PS), where kDots says so
 //     kept_bits     the dropout mask of consecutive elements, one bit each
 //
 //     transpose     kLanes vectors as the rows of a square
 //
-// Operators +, -, * and / work on Floats.  Rounding to bf16 is that of common/narrow.h bit for bit, but
-// for subnormal numbers at avx512_bf16: VCVTNEPS2BF16 makes them 0 and takes a tenth of the time.
+// Operators +, -, * and / work on Floats.  Rounding to bf16 is that of common/narrow.h bit for bit,
+// but for subnormal numbers at avx512_bf16: VCVTNEPS2BF16 makes them 0, and is one instruction
+// where their exact rounding takes ten.
 
 #pragma once
 
@@ -79,7 +80,9 @@ DK_INLINE void store(bf16* p, Floats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(a));
 }
 DK_INLINE void store(float* p, Floats a, Mask mask) { _mm512_mask_storeu_ps(p, mask, a); }
-DK_INLINE void store(bf16* p, Floats a, Mask mask) { _mm256_mask_storeu_epi16(p, mask, rounded(a)); }
+DK_INLINE void store(bf16* p, Floats a, Mask mask) {
+  _mm256_mask_storeu_epi16(p, mask, rounded(a));
+}
 
 // The sum of the lanes, in the same order at every call.
 DK_INLINE float reduce_add(Floats a) {

@@ -5,9 +5,9 @@
 //
 // Either of them is a panel of the large matrix in the level-1 cache, the other a small operand.
 //
-// Two kinds of elements, both four bytes, both passed as float*: a float, or a pair of bf16 that are
-// neighbours along k.  There are no tails: panels are padded with zeros to kTileRows rows and whole
-// vectors, and what comes of the padding is not copied out.
+// Two kinds of elements, both four bytes, both passed as float*: a float, or a pair of bf16 that
+// are neighbours along k.  There are no tails: panels are padded with zeros to kTileRows rows and
+// whole vectors, and what comes of the padding is not copied out.
 
 #pragma once
 
@@ -30,9 +30,9 @@ struct Pairs {
 
 inline constexpr int kTileRows = 8;
 
-// R x J accumulators: eight at least, so that the latency of one step is hidden by the others, and
-// few enough for the 32 or 16 registers of the level.  A stride of 0 among the template's arguments is
-// the one among the function's.
+// R x J accumulators: few enough for the 32 or 16 registers of the level, and where it matters
+// eight at least, so that the latency of one step is hidden by the others.  A stride of 0 among the
+// template's arguments is the one among the function's.
 template <typename Kind, int A_ROW, int A_K, int R, int J>
 DK_INLINE void accumulate(const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t b_row,
                           int64_t count, Floats (&acc)[R][J]) {

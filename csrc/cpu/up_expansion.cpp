@@ -104,7 +104,8 @@ void expand_units(const UpExpansion& args, int64_t begin, int64_t end, float* sc
 }  // namespace
 
 void up_expansion(const UpExpansion& args, int64_t begin, int64_t end, float* scratch) {
-  if (args.small_dtype == Dtype::kFloat) return expand_units<float, Singles>(args, begin, end, scratch);
+  if (args.small_dtype == Dtype::kFloat)
+    return expand_units<float, Singles>(args, begin, end, scratch);
 #ifdef DK_PAIRS
   expand_units<bf16, Pairs>(args, begin, end, scratch);
 #else

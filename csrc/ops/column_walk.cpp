@@ -6,8 +6,8 @@
 //     s = sum_m big                [N] float32          where column_sum
 //     scaled = big * scale         [M, N]               scale  [N] float32
 //
-// The mask is on big in c alone, and nothing is divided by the kept fraction: the caller divides left.
-// What is not asked for is an empty tensor.
+// The mask is on big in c alone, and nothing is divided by the kept fraction: the caller divides
+// left.  What is not asked for is an empty tensor.
 
 #include <torch/csrc/stable/library.h>
 
@@ -31,7 +31,8 @@ struct Call {
   Dropout dropout;
 
   Call(const Tensor& big, const OptionalTensor& right, const OptionalTensor& left,
-       const OptionalTensor& other, const OptionalTensor& scale, const OptionalTensor& seed, double p)
+       const OptionalTensor& other, const OptionalTensor& scale, const OptionalTensor& seed,
+       double p)
       : checks("column_walk", big, "big") {
     checks.tensor(big, "big", {-1, -1});
     M = big.size(0);
