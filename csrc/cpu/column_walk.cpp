@@ -1,7 +1,7 @@
-// u = big @ right    c = drop(big)^T left    p = sum_m big * other    s = sum_m big    scaled = big * scale
+// u = big right   c = drop(big)^T left   p = sum big * other   s = sum big   scaled = big * scale
 //
-// A panel of 32 x 128 is read from memory once, and everything is taken from it while it is in the
-// level-1 cache.  c of a strip of 128 columns and right's rows for it stay there from panel to panel.
+// A panel is read from memory once, and everything is taken of it while it is in the level-1
+// cache.  c of its columns and right's rows for them stay there from panel to panel.
 
 #include "column_walk.h"
 
@@ -12,48 +12,77 @@ namespace {
 
 // The small operands and results of one unit, padded.
 struct Scratch {
-  float *right, *left, *u, *c;
+  // c [strip / panel, padded, kPanelCols], turned [kPanelCols, padded]
+  float *right, *left, *u, *c, *turned;
 
   Scratch(float* memory, int64_t padded) {
     right = aligned(memory);
     c = right + kStripCols * padded;
     left = c + kStripCols * padded;
     u = left + kChunkRows * padded;
+    turned = u + kChunkRows * padded;
   }
 };
 
-// [count, padded] to [count, r].
-void copy_out(const float* from, int64_t count, int64_t r, int64_t padded, float* to) {
-  for (int64_t i = 0; i < count; ++i, from += padded, to += r)
-    for (int64_t j = 0; j < r; j += kLanes) store_at(to, j, r, load(from + j));
+// [count, from_row] to [count, to_row], the first ``cols`` of each row.
+void copy_out(const float* from, int64_t from_row, int64_t count, int64_t cols, float* to,
+              int64_t to_row) {
+  for (int64_t i = 0; i < count; ++i, from += from_row, to += to_row)
+    for (int64_t j = 0; j < cols; j += kLanes) store_at(to, j, cols, load(from + j));
 }
 
-// scaled, and p and s added to what they are.
+// G vectors of columns: scaled, and p and s added to what they are.
+template <typename T, int G>
+void column_group(const ColumnWalk& walk, int64_t row, int64_t column, int64_t rows, int64_t cols,
+                  float* p, float* s) {
+  const int64_t first = row * walk.N + column, N = walk.N;
+  const T* big = static_cast<const T*>(walk.big) + first;
+  const T* other = walk.other ? static_cast<const T*>(walk.other) + first : nullptr;
+  T* scaled = walk.scaled ? static_cast<T*>(walk.scaled) + first : nullptr;
+  Floats p_sum[G], s_sum[G], scale[G];
+  for (int g = 0; g < G; ++g) {
+    p_sum[g] = p ? floats_at(p, g * kLanes, cols) : zero();
+    s_sum[g] = s ? floats_at(s, g * kLanes, cols) : zero();
+    scale[g] = scaled ? floats_at(walk.scale + column, g * kLanes, cols) : zero();
+  }
+  for (int64_t i = 0; i < rows; ++i, big += N) {
+    Floats x[G];
+    for (int g = 0; g < G; ++g) x[g] = floats_at(big, g * kLanes, cols);
+    if (s)
+      for (int g = 0; g < G; ++g) s_sum[g] = s_sum[g] + x[g];
+    if (other) {
+      for (int g = 0; g < G; ++g)
+        p_sum[g] = fma(x[g], floats_at(other, g * kLanes, cols), p_sum[g]);
+      other += N;
+    }
+    if (scaled) {
+      if constexpr (G % 2 == 0)
+        for (int g = 0; g < G; g += 2)
+          store(scaled + g * kLanes, x[g] * scale[g], x[g + 1] * scale[g + 1]);
+      else
+        for (int g = 0; g < G; ++g) store_at(scaled, g * kLanes, cols, x[g] * scale[g]);
+      scaled += N;
+    }
+  }
+  for (int g = 0; g < G; ++g) {
+    if (p) store_at(p, g * kLanes, cols, p_sum[g]);
+    if (s) store_at(s, g * kLanes, cols, s_sum[g]);
+  }
+}
+
 template <typename T>
 void columns_of(const ColumnWalk& walk, int64_t row, int64_t column, int64_t rows, int64_t cols,
                 float* p, float* s) {
-  const int64_t first = row * walk.N + column;
-  for (int64_t j = 0; j < cols; j += kLanes) {
-    const T* big = static_cast<const T*>(walk.big) + first;
-    const T* other = walk.other ? static_cast<const T*>(walk.other) + first : nullptr;
-    T* scaled = walk.scaled ? static_cast<T*>(walk.scaled) + first : nullptr;
-    Floats p_sum = p ? floats_at(p, j, cols) : zero(), s_sum = s ? floats_at(s, j, cols) : zero();
-    const Floats scale = scaled ? floats_at(walk.scale + column, j, cols) : zero();
-    for (int64_t i = 0; i < rows; ++i) {
-      const Floats x = floats_at(big, j, cols);
-      s_sum = s_sum + x;
-      if (other) {
-        p_sum = fma(x, floats_at(other, j, cols), p_sum);
-        other += walk.N;
-      }
-      if (scaled) {
-        store_at(scaled, j, cols, x * scale);
-        scaled += walk.N;
-      }
-      big += walk.N;
+  constexpr int kGroup = 4;
+  for (int64_t j = 0; j < cols;) {
+    float *p_at = p ? p + j : nullptr, *s_at = s ? s + j : nullptr;
+    if (j + kGroup * kLanes <= cols) {
+      column_group<T, kGroup>(walk, row, column + j, rows, kGroup * kLanes, p_at, s_at);
+      j += kGroup * kLanes;
+    } else {
+      column_group<T, 1>(walk, row, column + j, rows, cols - j, p_at, s_at);
+      j += kLanes;
     }
-    if (p) store_at(p, j, cols, p_sum);
-    if (s) store_at(s, j, cols, s_sum);
   }
 }
 
@@ -80,19 +109,19 @@ void walk_unit(const ColumnWalk& walk, int64_t unit, float* memory) {
   if (walk.left) {
     Panels<Kind>::small(static_cast<const S*>(walk.left) + row0 * r, r, rows, r, padded,
                         scratch.left);
-    clear(scratch.c, up_to(cols, kTileRows) * padded);
+    clear(scratch.c, padded * kStripCols);
   }
   for (int64_t j = 0; j < cols; j += kPanelCols) {
     const int64_t wide = min(kPanelCols, cols - j);
-    for (int64_t i = 0; i < rows; i += kPanelRows) {
-      const int64_t high = min(kPanelRows, rows - i);
+    for (int64_t i = 0; i < rows; i += kHigh<Kind>) {
+      const int64_t high = min(kHigh<Kind>, rows - i);
       const T* big = static_cast<const T*>(walk.big) + (row0 + i) * N + col0 + j;
       if (p || s || walk.scaled)
         columns_of<T>(walk, row0 + i, col0 + j, high, wide, p ? p + j : nullptr,
                       s ? s + j : nullptr);
       if (walk.right) {
         Panels<Kind>::rows(big, N, high, wide, nullptr, panel);
-        product<Kind, kLine / kPer, 1>(panel, 0, high, scratch.right + j / kPer * padded, padded,
+        product<Kind, kLine / kPer, 1>(panel, 0, 0, high, scratch.right + j / kPer * padded, padded,
                                        vectors, parts(wide, kPer), scratch.u + i * padded, padded);
       }
       if (walk.left) {
@@ -100,14 +129,25 @@ void walk_unit(const ColumnWalk& walk, int64_t unit, float* memory) {
           draw(walk.seed, walk.threshold, row0 + i, col0 + j, N, high, wide, &mask);
         if (kPer == 2 || walk.threshold || !walk.right)
           Panels<Kind>::columns(big, N, high, wide, walk.threshold ? &mask : nullptr, panel);
-        product<Kind, 1, kLine>(panel, 0, wide, scratch.left + i / kPer * padded, padded, vectors,
-                                parts(high, kPer), scratch.c + j * padded, padded);
+        product<Kind, 1, 0>(scratch.left + i / kPer * padded, 0, padded, r, panel, kLine,
+                            parts(wide, kLanes), parts(high, kPer), scratch.c + j * padded,
+                            kPanelCols);
       }
     }
   }
   if (walk.right)
-    copy_out(scratch.u, rows, r, padded, walk.u + (strip * walk.M + row0) * r);
-  if (walk.left) copy_out(scratch.c, cols, r, padded, walk.c + (chunk * N + col0) * r);
+    copy_out(scratch.u, padded, rows, r, walk.u + (strip * walk.M + row0) * r, r);
+  if (!walk.left) return;
+  for (int64_t j = 0; j < cols; j += kPanelCols) {
+    const int64_t wide = min(kPanelCols, cols - j), column = col0 + j;
+    const float* c = scratch.c + j * padded;
+    if (walk.c_by_rank) {
+      copy_out(c, kPanelCols, r, wide, walk.c + chunk * r * N + column, N);
+    } else {
+      transpose_out(c, kPanelCols, r, wide, scratch.turned, padded);
+      copy_out(scratch.turned, padded, wide, r, walk.c + (chunk * N + column) * r, r);
+    }
+  }
 }
 
 template <typename T, typename S, typename Kind>
@@ -118,7 +158,8 @@ void walk_units(const ColumnWalk& walk, int64_t begin, int64_t end, float* scrat
 }  // namespace
 
 void column_walk(const ColumnWalk& walk, int64_t begin, int64_t end, float* scratch) {
-  const bool wide_big = walk.big_dtype == Dtype::kFloat, wide_small = walk.small_dtype == Dtype::kFloat;
+  const bool wide_big = walk.big_dtype == Dtype::kFloat;
+  const bool wide_small = walk.small_dtype == Dtype::kFloat;
   if (wide_big && wide_small) return walk_units<float, float, Singles>(walk, begin, end, scratch);
   if (wide_big) return walk_units<float, bf16, Singles>(walk, begin, end, scratch);
   if (wide_small) return walk_units<bf16, float, Singles>(walk, begin, end, scratch);
@@ -130,21 +171,11 @@ void column_walk(const ColumnWalk& walk, int64_t begin, int64_t end, float* scra
 }
 
 void sum_partials(const PartialSum& sum, int64_t begin, int64_t end) {
-  const int64_t r = sum.r, size = sum.rows * r;
-  for (int64_t n = begin; n < end; ++n) {
-    const float* from = sum.partials + n * r;
-    for (int64_t j = 0; j < r; j += kLanes) {
-      Floats total = floats_at(from, j, r);
-      for (int64_t part = 1; part < sum.count; ++part)
-        total = total + floats_at(from + part * size, j, r);
-      if (sum.by_rank) {
-        float lanes[kLanes];
-        store(lanes, total);
-        for (int64_t l = 0; l < min(kLanes, r - j); ++l) sum.out[(j + l) * sum.rows + n] = lanes[l];
-      } else {
-        store_at(sum.out + n * r, j, r, total);
-      }
-    }
+  for (int64_t i = begin; i < end; i += kLanes) {
+    Floats total = floats_at(sum.partials, i, end);
+    for (int64_t part = 1; part < sum.count; ++part)
+      total = total + floats_at(sum.partials + part * sum.size, i, end);
+    store_at(sum.out, i, end, total);
   }
 }
 

@@ -29,12 +29,12 @@ struct Project {
     clear(t, up_to(rows, kTileRows) * padded);
     for (int64_t j = 0; j < K; j += kPanelCols) {
       const int64_t cols = min(kPanelCols, K - j);
-      for (int64_t i = 0; i < rows; i += kPanelRows) {
-        const int64_t high = min(kPanelRows, rows - i);
+      for (int64_t i = 0; i < rows; i += kHigh<Kind>) {
+        const int64_t high = min(kHigh<Kind>, rows - i);
         const T* x = static_cast<const T*>(args.x) + (row0 + i) * K + j;
         if (args.threshold) draw(args.seed, args.threshold, row0 + i, j, K, high, cols, &mask);
         Panels<Kind>::rows(x, K, high, cols, args.threshold ? &mask : nullptr, panel);
-        product<Kind, kLine / kPer, 1>(panel, 0, high, args.packed + j / kPer * padded, padded,
+        product<Kind, kLine / kPer, 1>(panel, 0, 0, high, args.packed + j / kPer * padded, padded,
                                        padded / kLanes, parts(cols, kPer), t + i * padded, padded);
       }
     }

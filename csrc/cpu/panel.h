@@ -1,7 +1,7 @@
-// A panel: kPanelRows x kPanelCols of a large matrix as the broadcast side of a tile product.
+// A panel: kPanelRows x kPanelCols of a large matrix as one side of a tile product.
 //
-//     rows      element (i, k) is (row i, column k) of the matrix:    [kPanelRows, kLine / kPer]
-//     columns   element (k, i) is (row k, column i):                  [kPanelRows / kPer, kLine]
+//     rows      the broadcast side, a(i, k) = (row i, column k):    [kPanelRows, kLine / kPer]
+//     columns   the side of vectors, b(k, j) = (row k, column j):   [kPanelRows / kPer, kLine]
 //
 // Each comes as floats or as bf16 pairs along k (tile_product.h), through the dropout mask or not.
 // Small operands are laid out to match: [count, padded rank], zeros in the padding.
@@ -15,9 +15,13 @@ namespace decomp_kernels::cpu::DK_LEVEL {
 
 inline constexpr int kLine = kPanelCols + 16;  // of a panel: neighbouring rows in different sets
 
+// Rows of a panel: as many bytes of it for pairs as for floats.
+template <typename Kind>
+inline constexpr int64_t kHigh = kPanelRows * Kind::kPer;
+
 // The mask of a panel, one bit an element; ``bits`` is null where nothing is dropped.
 struct PanelMask {
-  uint64_t bits[kPanelRows][kPanelCols / 64];
+  uint64_t bits[2 * kPanelRows][kPanelCols / 64];
 };
 
 inline void draw(uint64_t seed, uint32_t threshold, int64_t row, int64_t column, int64_t width,
@@ -28,7 +32,7 @@ inline void draw(uint64_t seed, uint32_t threshold, int64_t row, int64_t column,
 }
 
 DK_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t up_to(int64_t n, int64_t part) { return (n + part - 1) / part * part; }
 
 // A row's vector of floats at column j, zeros past the last column.
 template <typename T>
@@ -73,14 +77,32 @@ inline void small_floats(const T* small, int64_t stride, int64_t count, int64_t 
       store(out + j, floats_at(small, j, r));
 }
 
-// columns [r, count] of a small operand whose rows are ``stride`` apart, transposed: floats
-// [count, padded].
+// from [rows, from_row] transposed: to [cols up to kLanes, to_row], whole vectors at both.
+inline void transpose_out(const float* from, int64_t from_row, int64_t rows, int64_t cols,
+                          float* to, int64_t to_row) {
+  for (int64_t i = 0; i < rows; i += kLanes)
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      Floats square[kLanes];
+      for (int l = 0; l < kLanes; ++l)
+        square[l] = i + l < rows ? load(from + (i + l) * from_row + j) : zero();
+      transpose(square);
+      for (int l = 0; l < kLanes; ++l) store(to + (j + l) * to_row + i, square[l]);
+    }
+}
+
+// Columns [r, count] of a small operand, whose rows are ``stride`` apart, as floats [count up to
+// kLanes, padded].
 template <typename T>
 inline void transposed_floats(const T* small, int64_t stride, int64_t r, int64_t count,
                               int64_t padded, float* out) {
-  for (int64_t j = 0; j < r; ++j)
-    for (int64_t k = 0; k < count; ++k) out[k * padded + j] = to_float(small[j * stride + k]);
-  for (int64_t k = 0; k < count; ++k) clear(out + k * padded + r, padded - r);
+  for (int64_t j = 0; j < padded; j += kLanes)
+    for (int64_t k = 0; k < count; k += kLanes) {
+      Floats square[kLanes];
+      for (int l = 0; l < kLanes; ++l)
+        square[l] = j + l < r ? floats_at(small + (j + l) * stride, k, count) : zero();
+      transpose(square);
+      for (int l = 0; l < kLanes; ++l) store(out + (k + l) * padded + j, square[l]);
+    }
 }
 
 // [rows, count] of a small operand as the broadcast side: [rows up to kTileRows, line].
@@ -92,43 +114,47 @@ inline void small_rows(const T* small, int64_t rows, int64_t count, int64_t line
 
 #ifdef DK_PAIRS
 
-// 16 elements in the low halves of 32-bit lanes; zeros past the last column and where the mask is 0.
-DK_INLINE __m512i halves_at(const bf16* line, int64_t j, int64_t cols, uint32_t bits = 0xFFFFu) {
+// 16 elements in the low halves of 32-bit lanes; zeros past the last column.
+DK_INLINE __m512i halves_at(const bf16* line, int64_t j, int64_t cols) {
   const uint32_t there = j + 16 <= cols ? 0xFFFFu : (1u << (cols - j)) - 1u;
-  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(there & bits), line + j));
+  return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(__mmask16(there), line + j));
 }
 
-DK_INLINE uint32_t bits_at(const PanelMask* mask, int64_t i, int64_t j) {
-  return mask ? uint32_t(mask->bits[i][j / 64] >> (j % 64)) & 0xFFFFu : 0xFFFFu;
+// 32 elements; zeros past the last column and where the mask is 0.
+DK_INLINE __m512i narrow_at(const bf16* line, int64_t i, int64_t j, int64_t cols,
+                            const PanelMask* mask) {
+  uint32_t there = j + 32 <= cols ? ~0u : (1u << (cols - j)) - 1u;
+  if (mask) there &= uint32_t(mask->bits[i][j / 64] >> (j % 64));
+  return there == ~0u ? _mm512_loadu_si512(line + j)
+                      : _mm512_maskz_loadu_epi16(__mmask32(there), line + j);
 }
 
 // Pairs of neighbouring columns: what lies in memory.
 inline void panel_of_row_pairs(const bf16* big, int64_t width, int64_t rows, int64_t cols,
                                const PanelMask* mask, float* panel) {
-  for (int64_t i = 0; i < up_to(rows, kTileRows); ++i, big += width, panel += kLine / 2)
-    for (int64_t j = 0; j < cols; j += 32) {
-      uint32_t there = i < rows ? ~0u : 0u;
-      if (j + 32 > cols) there &= (1u << (cols - j)) - 1u;
-      if (mask && i < rows) there &= uint32_t(mask->bits[i][j / 64] >> (j % 64));
-      const __m512i pairs = there == ~0u ? _mm512_loadu_si512(big + j)
-                            : there      ? _mm512_maskz_loadu_epi16(there, big + j)
-                                         : _mm512_setzero_si512();
-      _mm512_storeu_si512(panel + j / 2, pairs);
-    }
+  for (int64_t i = 0; i < rows; ++i, big += width, panel += kLine / 2)
+    for (int64_t j = 0; j < cols; j += 32)
+      _mm512_storeu_si512(panel + j / 2, narrow_at(big, i, j, cols, mask));
+  for (int64_t i = rows; i < up_to(rows, kTileRows); ++i, panel += kLine / 2)
+    clear(panel, kLine / 2);
 }
 
 // Pairs of neighbouring rows, interleaved.
 inline void panel_of_column_pairs(const bf16* big, int64_t width, int64_t rows, int64_t cols,
                                   const PanelMask* mask, float* panel) {
+  alignas(64) uint16_t order[2][32];  // element p of row 0 is p, of row 1 is 32 + p
+  for (int p = 0; p < 32; ++p) {
+    order[0][p] = uint16_t(p / 2 + 32 * (p % 2));
+    order[1][p] = uint16_t(16 + order[0][p]);
+  }
+  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
   for (int64_t i = 0; i < rows; i += 2, big += 2 * width, panel += kLine)
-    for (int64_t j = 0; j < cols; j += 16) {
-      const __m512i low = halves_at(big, j, cols, bits_at(mask, i, j));
-      __m512i pairs = low;
-      if (i + 1 < rows) {
-        const __m512i high = halves_at(big + width, j, cols, bits_at(mask, i + 1, j));
-        pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
-      }
-      _mm512_storeu_si512(panel + j, pairs);
+    for (int64_t j = 0; j < cols; j += 32) {
+      const __m512i low = narrow_at(big, i, j, cols, mask);
+      const __m512i high =
+          i + 1 < rows ? narrow_at(big + width, i + 1, j, cols, mask) : _mm512_setzero_si512();
+      _mm512_storeu_si512(panel + j, _mm512_permutex2var_epi16(low, first, high));
+      _mm512_storeu_si512(panel + j + 16, _mm512_permutex2var_epi16(low, second, high));
     }
 }
 
@@ -158,17 +184,24 @@ inline void small_row_pairs(const bf16* small, int64_t rows, int64_t count, int6
   clear(out, (up_to(rows, kTileRows) - rows) * line);
 }
 
-// Transposed, as pairs along count: [ceil(count / 2), padded].
+// Transposed, as pairs along count: [ceil(count / 2) up to kLanes, padded].
 inline void transposed_pairs(const bf16* small, int64_t stride, int64_t r, int64_t count,
                              int64_t padded, float* out) {
-  for (int64_t j = 0; j < r; ++j)
-    for (int64_t k = 0; k < count; k += 2) {
-      const uint32_t high = k + 1 < count ? small[j * stride + k + 1].bits : 0;
-      const uint32_t pair = high << 16 | small[j * stride + k].bits;
-      memcpy(out + k / 2 * padded + j, &pair, sizeof pair);
+  for (int64_t j = 0; j < padded; j += 16)
+    for (int64_t k = 0; k < count; k += 32) {
+      const __mmask32 there = k + 32 <= count ? ~0u : (1u << (count - k)) - 1u;
+      Floats square[16];
+      for (int l = 0; l < 16; ++l) {
+        const __m512i pairs =
+            j + l < r ? _mm512_maskz_loadu_epi16(there, small + (j + l) * stride + k)
+                      : _mm512_setzero_si512();
+        square[l] = _mm512_castsi512_ps(pairs);
+      }
+      transpose(square);
+      for (int l = 0; l < 16; ++l) store(out + (k / 2 + l) * padded + j, square[l]);
     }
-  for (int64_t k = 0; k < count; k += 2) clear(out + k / 2 * padded + r, padded - r);
 }
+
 #endif
 
 // The forms by kind, so that an operator is written once.
@@ -218,8 +251,8 @@ struct Panels<Pairs> {
                     float* out) {
     small_pairs(small, stride, count, r, padded, out);
   }
-  static void transposed(const bf16* small, int64_t stride, int64_t r, int64_t count, int64_t padded,
-                         float* out) {
+  static void transposed(const bf16* small, int64_t stride, int64_t r, int64_t count,
+                         int64_t padded, float* out) {
     transposed_pairs(small, stride, r, count, padded, out);
   }
   static void small_as_rows(const bf16* small, int64_t rows, int64_t count, int64_t line,

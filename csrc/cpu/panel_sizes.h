@@ -1,5 +1,5 @@
-// The sizes that the walks over a large matrix share, the same at every level: they say how the work
-// is divided, and so in which order partial sums are added.
+// The sizes that the walks over a large matrix share, the same at every level: they say how the
+// work is divided, and so in which order partial sums are added.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace decomp_kernels::cpu {
 
-inline constexpr int64_t kPanelRows = 32, kPanelCols = 128;  // 16 KiB as floats: half of a level-1 cache
+inline constexpr int64_t kPanelRows = 32, kPanelCols = 128;  // 16 KiB of floats: half a cache
 inline constexpr int64_t kRankAlign = 16;                    // the lanes of the widest level
 
 constexpr int64_t padded_rank(int64_t r) { return (r + kRankAlign - 1) / kRankAlign * kRankAlign; }

@@ -1,13 +1,16 @@
-// Vectors of floats at the level that a file is compiled for, and what the host kernels do with them.
+// Vectors of floats at the level that a file is compiled for, and what host kernels do with them.
 //
 //     Floats        kLanes floats: 16 (AVX-512), 8 (AVX2) or 4 (the compiler's own vectors)
 //     Mask          one truth value for each lane
-//     load, store   float or bf16 memory, whole or the first n lanes; nothing past the end is touched
+//     load, store   float or bf16 memory, whole or the first n lanes; nothing after them is touched
 //     dot_pairs     acc + a0 * b0 + a1 * b1 of bf16 pairs (VDPBF16PS), where kDots says so
 //     kept_bits     the dropout mask of consecutive elements, one bit each
 //
-// Operators +, -, * and / work on Floats.  Rounding to bf16 is that of common/narrow.h, bit for bit
-// at every level: VCVTNEPS2BF16 is not used, because it flushes subnormals.
+//     transpose     kLanes vectors as the rows of a square
+//
+// Operators +, -, * and / work on Floats.  Rounding to bf16 is that of common/narrow.h bit for bit,
+// but for subnormal numbers at avx512_bf16: VCVTNEPS2BF16 makes them 0, and is one instruction
+// where their exact rounding takes ten.
 
 #pragma once
 
@@ -60,6 +63,9 @@ DK_INLINE Floats load(const bf16* p, Mask mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
+#if defined(__AVX512BF16__)
+DK_INLINE __m256i rounded(Floats a) { return (__m256i)_mm512_cvtneps_pbh(a); }
+#else
 DK_INLINE __m256i rounded(Floats a) {
   const __m512i bits = _mm512_castps_si512(a), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
@@ -68,12 +74,15 @@ DK_INLINE __m256i rounded(Floats a) {
   sum = _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
 }
+#endif
 DK_INLINE void store(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 DK_INLINE void store(bf16* p, Floats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(a));
 }
 DK_INLINE void store(float* p, Floats a, Mask mask) { _mm512_mask_storeu_ps(p, mask, a); }
-DK_INLINE void store(bf16* p, Floats a, Mask mask) { _mm256_mask_storeu_epi16(p, mask, rounded(a)); }
+DK_INLINE void store(bf16* p, Floats a, Mask mask) {
+  _mm256_mask_storeu_epi16(p, mask, rounded(a));
+}
 
 // The sum of the lanes, in the same order at every call.
 DK_INLINE float reduce_add(Floats a) {
@@ -82,6 +91,32 @@ DK_INLINE float reduce_add(Floats a) {
   __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+DK_INLINE void transpose(Floats (&row)[kLanes]) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_castps_si512(row[i]);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4 g + c]: in its quarter q, column 4 q + c of rows 4 g to 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i even01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+    const __m512i odd01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xDD);
+    const __m512i even23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512i odd23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xDD);
+    row[c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(even01, even23, 0x88));
+    row[4 + c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(odd01, odd23, 0x88));
+    row[8 + c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(even01, even23, 0xDD));
+    row[12 + c] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(odd01, odd23, 0xDD));
+  }
 }
 
 // 64 bits: the mask of the elements of words index to index + 15.
@@ -170,6 +205,24 @@ DK_INLINE float reduce_add(Floats a) {
   return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
+DK_INLINE void transpose(Floats (&row)[kLanes]) {
+  Floats a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    b[i] = _mm256_shuffle_ps(a[i], a[i + 2], 0x44);
+    b[i + 1] = _mm256_shuffle_ps(a[i], a[i + 2], 0xEE);
+    b[i + 2] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0x44);
+    b[i + 3] = _mm256_shuffle_ps(a[i + 1], a[i + 3], 0xEE);
+  }
+  for (int c = 0; c < 4; ++c) {
+    row[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    row[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
+}
+
 // The low 64 bits of each product, of three 32-bit products.
 DK_INLINE __m256i times_64(__m256i a, uint64_t constant) {
   const __m256i b = _mm256_set1_epi64x(int64_t(constant));
@@ -253,6 +306,15 @@ DK_INLINE void store(T* p, Floats a, Mask mask) {
 // The sum of the lanes, in the same order at every call.
 DK_INLINE float reduce_add(Floats a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 
+DK_INLINE void transpose(Floats (&row)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float above = row[j][i];
+      row[j][i] = row[i][j];
+      row[i][j] = above;
+    }
+}
+
 // 64 bits: the mask of the elements of words index to index + 15.
 DK_INLINE uint64_t kept_64(uint64_t seed, uint64_t index, uint32_t threshold) {
   uint64_t bits = 0;
@@ -273,6 +335,20 @@ DK_INLINE Floats load(const T* p, int64_t n) {  // lanes n and above are 0
 template <typename T>
 DK_INLINE void store(T* p, Floats a, int64_t n) {
   store(p, a, first_lanes(n));
+}
+
+// Two neighbouring vectors.
+DK_INLINE void store(float* p, Floats a, Floats b) {
+  store(p, a);
+  store(p + kLanes, b);
+}
+DK_INLINE void store(bf16* p, Floats a, Floats b) {
+#if defined(__AVX512BF16__)
+  _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+  store(p, a);
+  store(p + kLanes, b);
+#endif
 }
 
 // Sums of products of bf16 pairs.  A pair is one 32-bit element, its first half in the low 16 bits.

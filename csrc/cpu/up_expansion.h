@@ -1,6 +1,6 @@
 // out = bias + addend + mask(v small) (formulas: csrc/ops/up_expansion.cpp).
 //
-// A unit of work is kExpandRows x kPanelCols of out.
+// A unit of work is kExpandRows x kExpandCols of out.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace decomp_kernels::cpu {
 
-inline constexpr int64_t kExpandRows = 256;
+inline constexpr int64_t kExpandRows = 256, kExpandCols = 512;
 
 struct UpExpansion {
   const void* v;       // [M, r]
@@ -25,10 +25,10 @@ struct UpExpansion {
   uint32_t threshold;  // 0: no mask
   Dtype small_dtype, bias_dtype, out_dtype;
 
-  int64_t strips() const { return parts(N, kPanelCols); }
+  int64_t strips() const { return parts(N, kExpandCols); }
   int64_t units() const { return parts(M, kExpandRows) * strips(); }
   int64_t scratch_floats() const {  // of one thread
-    return (kPanelCols + kExpandRows) * padded_rank(r) + 16;
+    return (kExpandCols + kExpandRows) * padded_rank(r) + 16;
   }
 };
 

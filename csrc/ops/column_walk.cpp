@@ -6,8 +6,8 @@
 //     s = sum_m big                [N] float32          where column_sum
 //     scaled = big * scale         [M, N]               scale  [N] float32
 //
-// The mask is on big in c alone, and nothing is divided by the kept fraction: the caller divides left.
-// What is not asked for is an empty tensor.
+// The mask is on big in c alone, and nothing is divided by the kept fraction: the caller divides
+// left.  What is not asked for is an empty tensor.
 
 #include <torch/csrc/stable/library.h>
 
@@ -31,7 +31,8 @@ struct Call {
   Dropout dropout;
 
   Call(const Tensor& big, const OptionalTensor& right, const OptionalTensor& left,
-       const OptionalTensor& other, const OptionalTensor& scale, const OptionalTensor& seed, double p)
+       const OptionalTensor& other, const OptionalTensor& scale, const OptionalTensor& seed,
+       double p)
       : checks("column_walk", big, "big") {
     checks.tensor(big, "big", {-1, -1});
     M = big.size(0);
@@ -57,17 +58,14 @@ struct Call {
   }
 };
 
-// A float32 result of [rows, r] (rows 1 for a vector) and this shape: ``count`` partials, their sum.
+// A float32 result of this shape: ``count`` partials, and their sum.
 class Summed {
  public:
-  Summed(const Tensor& like, bool asked, int64_t count, int64_t rows, int64_t r,
-         std::initializer_list<int64_t> shape, bool by_rank = false)
-      : asked_(asked), direct_(count == 1 && !by_rank), sum_{nullptr, nullptr, count, rows, r, by_rank} {
-    const auto floats = [&](std::initializer_list<int64_t> sizes) {
-      return make(like, sizes, ScalarType::Float);
-    };
-    out_ = asked ? floats(shape) : floats({0});
-    partials_ = !asked || direct_ ? out_ : floats({count, rows, r});
+  Summed(const Tensor& like, bool asked, int64_t count, std::initializer_list<int64_t> shape)
+      : asked_(asked), sum_{nullptr, nullptr, count, 1} {
+    out_ = asked ? make(like, shape, ScalarType::Float) : make(like, {0}, ScalarType::Float);
+    sum_.size = out_.numel();
+    partials_ = !asked || count == 1 ? out_ : make(like, {count, sum_.size}, ScalarType::Float);
     sum_.partials = partials();
     sum_.out = static_cast<float*>(out_.mutable_data_ptr());
   }
@@ -78,20 +76,22 @@ class Summed {
   }
 
   Tensor sum() {
-    if (!asked_ || direct_) return out_;
+    if (!asked_ || sum_.count == 1) return out_;
     if (sum_.count == 0) {
       torch::stable::zero_(out_);
       return out_;
     }
     const auto kernel = DK_AT_LEVEL(sum_partials);
-    torch::stable::parallel_for(0, sum_.rows, 256, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, sum_.size, kSumGrain, [&](int64_t begin, int64_t end) {
       kernel(sum_, begin, end);
     });
     return out_;
   }
 
  private:
-  bool asked_, direct_;
+  static constexpr int64_t kSumGrain = 1 << 14;  // floats: less than that is not worth a thread
+
+  bool asked_;
   cpu::PartialSum sum_;
   Tensor out_, partials_;
 };
@@ -112,12 +112,13 @@ Results column_walk(Tensor big, OptionalTensor right, OptionalTensor left, Optio
   walk.r = r;
   walk.seed = host_seed(seed);
   walk.threshold = call.dropout.threshold;
+  walk.c_by_rank = c_by_rank;
   walk.big_dtype = call.big_dtype;
   walk.small_dtype = call.small_dtype;
 
-  Summed u(big, bool(right), walk.strips(), M, r, {M, r});
-  Summed c(big, bool(left), walk.chunks(), N, r, {c_by_rank ? r : N, c_by_rank ? N : r}, c_by_rank);
-  Summed p(big, bool(other), walk.chunks(), 1, N, {N}), s(big, column_sum, walk.chunks(), 1, N, {N});
+  Summed u(big, bool(right), walk.strips(), {M, r});
+  Summed c(big, bool(left), walk.chunks(), {c_by_rank ? r : N, c_by_rank ? N : r});
+  Summed p(big, bool(other), walk.chunks(), {N}), s(big, column_sum, walk.chunks(), {N});
   Tensor scaled = scale ? make(big, {M, N}, big.scalar_type()) : make(big, {0}, big.scalar_type());
   walk.u = u.partials();
   walk.c = c.partials();

@@ -2,8 +2,8 @@
 //
 //     x [M, K]   down [r, K]   core [r] float32   t, v [M, r] in down's dtype
 //
-// v comes from t before its rounding.  Where it would be t itself (no core, scale 1, identity) it is
-// an empty tensor.
+// v comes from t before its rounding.  Where it would be t itself (no core, scale 1, identity) it
+// is an empty tensor.
 
 #include <torch/csrc/stable/library.h>
 

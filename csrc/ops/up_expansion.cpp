@@ -2,7 +2,8 @@
 //
 //     v [M, r]   small [r, N]   bias [N]   addend, out [M, N] of ``dtype``
 //
-// The mask is that of an [M, N] tensor; nothing is divided by the kept fraction: the caller divides v.
+// The mask is that of an [M, N] tensor; nothing is divided by the kept fraction: the caller divides
+// v.
 
 #include <torch/csrc/stable/library.h>
 
@@ -21,8 +22,8 @@ struct Call {
   Dtype small_dtype, bias_dtype, out_dtype;
   Dropout dropout;
 
-  Call(const Tensor& v, const Tensor& small, const OptionalTensor& bias, const OptionalTensor& addend,
-       const OptionalTensor& seed, double p, ScalarType dtype)
+  Call(const Tensor& v, const Tensor& small, const OptionalTensor& bias,
+       const OptionalTensor& addend, const OptionalTensor& seed, double p, ScalarType dtype)
       : checks("up_expansion", v, "v") {
     checks.tensor(v, "v", {-1, -1});
     M = v.size(0);
