@@ -10,7 +10,7 @@ ColumnWalkPlan walk_plan(const ColumnWalk& args, int BR, int cols, int device_sm
   const int64_t ranks = args.R > args.L ? args.R : args.L;
   const int64_t rank_blocks = ranks > BR ? ceil_div(ranks, BR) : 1;
   const int64_t strips = ceil_div(args.N, cols), steps = ceil_div(args.M, kWalkRows);
-  int64_t shares = ceil_div(2 * int64_t(device_sms), rank_blocks * strips);
+  int64_t shares = ceil_div(int64_t(kWalkBlocks) * device_sms, rank_blocks * strips);
   shares = shares > steps ? steps : shares;
   const int64_t m_share = ceil_div(steps, shares) * kWalkRows;
   shares = ceil_div(args.M, m_share);  // whole steps a share, none empty

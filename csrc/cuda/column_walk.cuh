@@ -16,7 +16,7 @@
 
 namespace decomp_kernels::cuda {
 
-inline constexpr int kWalkThreads = 256;
+inline constexpr int kWalkThreads = 256, kWalkBlocks = 2;  // of one block; blocks a multiprocessor
 
 inline constexpr int kWalkRows = 32;  // of a step
 
@@ -110,9 +110,10 @@ __device__ __forceinline__ void add_groups(float (&shared)[GROUPS][COLS], const 
 }
 
 template <typename T, typename S, int BR>
-__global__ __launch_bounds__(kWalkThreads, 2) void column_walk(ColumnWalkCall<T, S> call) {
+__global__ __launch_bounds__(kWalkThreads, kWalkBlocks) void column_walk(ColumnWalkCall<T, S> call) {
   using Shared = WalkShared<T, S, BR>;
   constexpr int kCols = Shared::kCols, kStages = Shared::kStages;
+  static_assert(sizeof(Shared) <= kMostShared);
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
 
   const ColumnWalkPlan& plan = call.plan;
@@ -162,7 +163,7 @@ __global__ __launch_bounds__(kWalkThreads, 2) void column_walk(ColumnWalkCall<T,
     __syncthreads();  // the products of the step before have read what is filled now
     fetch(m + (kStages - 1) * kWalkRows);
     if (with_columns)
-      each_piece<T, kWalkRows, kCols, kWalkThreads, 2>([&](int row, int col) {
+      each_piece<T, kWalkRows, kCols, kWalkThreads>([&](int row, int col) {
         const T* place = &shared.big.ring[stage].at[0][row][col];
         columns.take(call, m + row, col0 + col, *reinterpret_cast<const Vec<T>*>(place),
                      shared.scale + col);

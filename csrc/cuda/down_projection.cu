@@ -16,7 +16,7 @@ DownProjectionPlan plan(const DownProjection& args, int device_sms) {
   const int depth = down_depth(args);
   const int64_t row_blocks = ceil_div(args.M, kDownRows);
   const int rank_blocks = int(ceil_div(args.R, rank_tile(args.R)));
-  const int64_t steps = ceil_div(args.K, depth), wanted = 4 * int64_t(device_sms);
+  const int64_t steps = ceil_div(args.K, depth), wanted = int64_t(kDownBlocks) * device_sms;
   const int64_t most = steps < 64 ? steps : 64;
   int64_t shares = ceil_div(wanted, row_blocks * rank_blocks > 0 ? row_blocks * rank_blocks : 1);
   shares = shares > most ? most : shares;

@@ -2,8 +2,9 @@
 //
 // A block owns 64 rows of x, up to 64 of the rank and a share of K.  Blocks of one row block that
 // differ in the rank are neighbours: x comes from HBM once and from the level-2 cache after that.
-// The copies of the next steps are under way while one is multiplied; with four blocks a
-// multiprocessor that is some 100 KB.  Mask and in_scale act on the tiles in shared memory.
+// The copies of the next steps are under way while one is multiplied: those of several blocks a
+// multiprocessor together hide the latency of memory.  Mask and in_scale act on the tiles in shared
+// memory.
 
 #pragma once
 
@@ -51,6 +52,8 @@ struct DownShared {
   Operand<S, E, BR, kDepth, kParts, kStages> down;
 };
 
+inline constexpr int kDownBlocks = 4;  // on a multiprocessor, where shared memory has the room
+
 // t and v of one sum over K.
 template <typename T, typename S>
 __device__ __forceinline__ void finish(const DownProjectionCall<T, S>& call, int64_t row, int rank,
@@ -63,9 +66,10 @@ __device__ __forceinline__ void finish(const DownProjectionCall<T, S>& call, int
 }
 
 template <typename T, typename S, int BR>
-__global__ __launch_bounds__(kDownThreads) void down_projection(DownProjectionCall<T, S> call) {
+__global__ __launch_bounds__(kDownThreads, kDownBlocks) void down_projection(DownProjectionCall<T, S> call) {
   using Shared = DownShared<T, S, BR>;
   constexpr int kDepth = Shared::kDepth, kStages = Shared::kStages;
+  static_assert(sizeof(Shared) <= kMostShared);
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
 
   const DownProjectionPlan& plan = call.plan;

@@ -10,6 +10,8 @@
 namespace decomp_kernels::cuda {
 
 inline constexpr int64_t kMostBlocks = 2147483647;
+// Dynamic shared memory of a block that every device from compute capability 8.0 on has.
+inline constexpr size_t kMostShared = 99 * 1024;
 
 // f<T, S>() for the types of the large and of the small operands; ``paired`` holds.
 template <typename F>
@@ -69,6 +71,7 @@ class Room {
 template <typename Parameters>
 cudaError_t enqueue(void (*kernel)(Parameters), int64_t blocks, int threads, size_t shared,
                     cudaStream_t stream, const Parameters& parameters) {
+  if (blocks > kMostBlocks) return cudaErrorInvalidConfiguration;
   if (shared > 48 * 1024) {  // more than any block has without asking
     const cudaError_t refused = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));

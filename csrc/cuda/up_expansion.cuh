@@ -53,8 +53,9 @@ struct UpExpansionCall {
 };
 
 template <typename T, typename S, int BR, bool IS_UP>
-__global__ __launch_bounds__(kUpThreads) void up_expansion(UpExpansionCall<T, S> call) {
+__global__ __launch_bounds__(kUpThreads, 2) void up_expansion(UpExpansionCall<T, S> call) {
   using Shared = UpShared<T, S, BR, IS_UP>;
+  static_assert(sizeof(Shared) <= kMostShared);
   Shared& shared = *reinterpret_cast<Shared*>(dynamic_shared());
   auto& [v, small] = shared.factors;
   const int64_t row0 = int64_t(blockIdx.x / call.col_blocks) * kUpRows;

@@ -16,7 +16,14 @@ ORDERS = (0, 5, 77)  # of blocks and warps
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("passes")
-    return build(HERE / "passes_emulation.cpp", folder / "passes.so", flags=("-O1",))
+    return build(HERE / "passes_emulation.cpp", folder / "passes.so")
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """The same with every load and store watched for races."""
+    folder = tmp_path_factory.mktemp("passes_watched")
+    return build(HERE / "passes_emulation.cpp", folder / "passes.so", races=True)
 
 
 @DTYPES
@@ -154,6 +161,11 @@ def test_the_same_bits_in_any_order_of_blocks(library, dtype):
     first, *others = (list(results(order)) for order in ORDERS)
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("run", mutants.RUNS.values(), ids=mutants.RUNS)
+def test_no_races(watched, run):
+    run(watched)
 
 
 @DTYPES
