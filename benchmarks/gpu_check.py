@@ -1,8 +1,9 @@
 """What only a GPU can show, in stages: make gpu-check.
 
-    kernels   the Triton tests on the device; compute-sanitizer's memcheck and racecheck
-    tune      tiles and implementations, into tables beside the results
-    bench     our implementations, the frozen linear and PEFT, layer by layer
+    kernels    the Triton tests on the device; compute-sanitizer's memcheck and racecheck
+    extension  the native library: its tests on the device, the sanitizer, its GEMM beside cuBLAS
+    tune       tiles and implementations, into tables beside the results
+    bench      our implementations, the frozen linear and PEFT, layer by layer
 
 Each stage writes its own JSON under benchmarks/results/<gpu>/ as it goes, and leaves out what is
 there already: a run that was cut off goes on where it stopped (--again starts over).  Plain, all
@@ -11,27 +12,25 @@ names.  --dry does every step but the device's, on a CPU, and writes into a fold
 """
 
 import argparse
-import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_extension import extension
+from gpu_rows import PYTEST, ROOT, SERIAL, Rows, run
 
 from decomp_kernels import dispatch
 from decomp_kernels.bench import layers, record, tune
 
-ROOT = Path(__file__).parent.parent
 TESTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").glob("test_triton*.py"))
 SANITIZED = "tests/test_triton_kernels.py::test_a_rank_above_every_block"
-MINUTES = {"kernels": 8.0, "tune": 8.0, "bench": 8.0}
-REDUCED_MINUTES = {"kernels": 4.0, "tune": 3.0, "bench": 2.5}
+MINUTES = {"kernels": 8.0, "extension": 8.0, "tune": 8.0, "bench": 8.0}
+REDUCED_MINUTES = {"kernels": 3.5, "extension": 2.5, "tune": 2.0, "bench": 1.5}
 
 BENCH_TOKENS, BENCH_RANKS = (1, 16, 512, 2048, 8192), (16, 64, 384)
 BENCH_METHODS = ("lora", "dora", "ssb")
@@ -84,7 +83,7 @@ def kernels(args: argparse.Namespace, device: torch.device, path: Path, until: f
         if left < 5:
             print(f"{name}: no time left; run again to go on")
             continue
-        code, out = _run(command, left)
+        code, out = run(command, left)
         counts = {
             word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", out)
         }
@@ -104,7 +103,7 @@ def tuned(args: argparse.Namespace, device: torch.device, path: Path, until: flo
     if path.exists():
         print("tuned before; --again measures anew")
         return True
-    code, out = _run(
+    code, out = run(
         [sys.executable, "-m", "decomp_kernels.cli.main", *words], until - time.monotonic()
     )
     print(out[-3000:])
@@ -160,38 +159,6 @@ def _bench_rows(args: argparse.Namespace) -> list[layers.Row]:
     return made
 
 
-class Rows:
-    """A results file that is written after every row and goes on where it stopped."""
-
-    def __init__(self, path: Path, suite: str, args: argparse.Namespace) -> None:
-        self.path, self.suite = path, suite
-        self.protocol = {
-            "full": args.full,
-            "dry": args.dry,
-            "device": "cpu" if args.dry else "cuda",
-        }
-        self.all: list[dict[str, Any]] = record.read(path)["rows"] if path.exists() else []
-
-    def has(self, name: str) -> bool:
-        return any(row["name"] == name and "error" not in row for row in self.all)
-
-    def add(self, row: dict[str, Any]) -> None:
-        self.all = [old for old in self.all if old["name"] != row["name"]] + [row]
-        record.write(self.path, record.document(self.suite, self.protocol, self.all))
-
-
-def _run(command: list[str], seconds: float) -> tuple[int, str]:
-    """Exit status and output; 124 where the time ran out."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=env, text=True, timeout=max(seconds, 1),
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    except subprocess.TimeoutExpired as late:
-        out = late.stdout or b""
-        return 124, out.decode() if isinstance(out, bytes) else out
-    return done.returncode, done.stdout
-
-
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
@@ -211,14 +178,9 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
-SERIAL = [*PYTEST, "-p", "no:xdist"]
-# Compiling is most of the tests' time on a GPU, and runs on the host's cores.
-WORKERS = min(12, (os.cpu_count() or 1) - 2)
-if find_spec("xdist") and WORKERS > 1:
-    PYTEST += ["-n", str(WORKERS)]
 STAGES: dict[str, Callable[[argparse.Namespace, torch.device, Path, float], bool]] = {
     "kernels": kernels,
+    "extension": extension,
     "tune": tuned,
     "bench": bench,
 }

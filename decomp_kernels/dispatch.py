@@ -10,15 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from decomp_kernels import tables
+from decomp_kernels import native_library, tables
 
 EVERYWHERE = ("reference", "aten")  # what every operator has
 TRITON_FORMS = ("triton:passes", "triton:fused")  # an operator with one form has it under both
-IMPLS = ("auto", *EVERYWHERE, *TRITON_FORMS)
+NATIVE_FORMS = ("native:passes", "native:fused")
+IMPLS = ("auto", *EVERYWHERE, *TRITON_FORMS, *NATIVE_FORMS)
 VARIABLE = "DECOMP_KERNELS_IMPL"
+NOT_NATIVE = ("auto", *EVERYWHERE, *TRITON_FORMS)  # of methods with a weight map
 CANDIDATES = tuple(impl for impl in IMPLS if impl not in ("auto", "reference"))  # of a table
 INTERPRET = "TRITON_INTERPRET"
-ANY = "any"  # the architecture of what is no GPU
+ANY = "any"  # the architecture of what no table knows
 
 
 class Work(NamedTuple):
@@ -32,6 +34,7 @@ class Work(NamedTuple):
     base: str  # dtype of x and W
     adapter: str  # float32, or narrow as the base is
     dropout: bool = False
+    scaled: bool = False  # by out_scale
 
 
 class Choice(NamedTuple):
@@ -48,16 +51,19 @@ def choose(
 ) -> str:
     """The implementation for an operator on ``x``: ``impl`` itself, or what ``auto`` stands for.
 
-    ``auto`` takes the environment variable DECOMP_KERNELS_IMPL where it is set.  Else it takes, on
-    a GPU, what the table of implementations has for this architecture and ``work``; where nobody
-    has measured, and on the CPU, the composition of library calls.  has: the implementations of
-    this operator.  A named one is never replaced: RuntimeError where it cannot run on ``x`` or the
-    operator has none.
+    ``auto`` takes the environment variable DECOMP_KERNELS_IMPL where it is set.  Else it takes what
+    the table of implementations has for this architecture (on a CPU, the instruction set of the
+    native library) and ``work``; where nobody has measured, the composition of library calls.
+    has: the implementations of this operator.  A named one is never replaced: RuntimeError where it
+    cannot run on ``x`` or the operator has none.
     """
     check(impl)
     arch = architecture(x.device)
-    if impl == "auto" and arch == ANY and VARIABLE not in os.environ:
-        return "aten"  # what ``decide`` would say, a microsecond earlier
+    if impl == "auto" and VARIABLE not in os.environ:  # what ``decide`` would say, sooner
+        if arch == ANY or work is None:
+            return "aten"
+        chosen = measured_choice(arch, work()).impl
+        return chosen if chosen in has and why_not(x, chosen) is None else "aten"
     return decide(impl, has, arch, work, lambda form: why_not(x, form)).impl
 
 
@@ -83,7 +89,8 @@ def decide(
         source = f"the environment variable {VARIABLE}={impl}"
         return Choice(impl, f"named by {source if asked == 'auto' else f'{impl=}'}")
     if arch == ANY:
-        return Choice("aten", "on a CPU there is nothing faster than library calls yet")
+        why = native_library.why_not_loaded() or "nothing else is known for this device"
+        return Choice("aten", f"library calls: {why}")
     if work is None:
         return Choice("aten", "library calls: this operator has no table of measurements")
     chosen = measured_choice(arch, work())
@@ -99,13 +106,13 @@ def measured_choice(arch: str, work: Work) -> Choice:
     sizes = {"M": work.M, "NK": work.NK, "r": work.r}
     kinds: dict[str, Any] = {
         "operator": work.operator, "base": work.base, "adapter": work.adapter,
-        "dropout": work.dropout,
+        "dropout": work.dropout, "scaled": work.scaled,
     }  # fmt: skip
     entry = tables.first(tables.IMPLEMENTATIONS, arch, sizes, **kinds)
     measured = entry["measured"] or None
     if measured is None:
         return Choice("aten", f"nobody has measured this on {arch}: library calls")
-    why = f"the fastest on {measured['gpu']}, measured {measured['date']}"
+    why = f"the fastest on {measured['on']}, measured {measured['date']}"
     return Choice(entry[work.direction], why, measured)
 
 
@@ -132,6 +139,10 @@ def why_not(x: Tensor, impl: str) -> str | None:
     """Why ``impl`` cannot run on ``x``; None where it can."""
     if impl in EVERYWHERE:
         return None
+    return why_not_native(x, impl) if impl in NATIVE_FORMS else why_not_triton(x)
+
+
+def why_not_triton(x: Tensor) -> str | None:
     if why := why_not_installed():
         return why
     if x.dtype == torch.float64:
@@ -146,9 +157,35 @@ def why_not(x: Tensor, impl: str) -> str | None:
     return None
 
 
+def why_not_native(x: Tensor, impl: str) -> str | None:
+    if why := native_library.why_not_loaded():
+        return why
+    if x.device.type == "cpu":
+        if impl == "native:fused":
+            return "it is for GPUs; on the CPU the native form is native:passes"
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return f"host kernels take float32 and bfloat16, and x is {_short(x.dtype)}"
+        return None
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        return f"its kernels run on CPUs and CUDA devices, and x is on {x.device}"
+    if x.dtype == torch.float64:
+        return "its kernels take float32, bfloat16 and float16, and x is float64"
+    if impl == "native:fused" and x.dtype == torch.float32:
+        return "its GEMM takes bfloat16 and float16, and x is float32"
+    return native_library.why_not_on_gpu(torch.cuda.get_device_capability(x.device))
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def architecture(device: torch.device) -> str:
-    """Of a GPU, as compilers name it: "sm_90", "gfx942"; ANY of everything else."""
-    return _gpu_architecture(device) if device.type == "cuda" else ANY
+    """Of a GPU, as compilers name it: "sm_90", "gfx942".  Of a CPU the instruction set of the
+    native library, ANY where that is not built, and of everything else.
+    """
+    if device.type == "cuda":
+        return _gpu_architecture(device)
+    return native_library.cpu_level() or ANY if device.type == "cpu" else ANY
 
 
 @cache
@@ -181,6 +218,15 @@ def base_gemm_first(x: Tensor) -> bool:
     the base GEMM.  On a GPU the read of the buffer hides under the arithmetic.
     """
     return x.device.type == "cpu" and x.element_size() == 2
+
+
+def plain_products_by_library(x: Tensor) -> bool:
+    """Whether products of rank r with no mask, of operands of one dtype, are left to the library.
+
+    On a CPU in float32 the native library's are faster, by 2 to 18 % at r = 16 and 64; in bfloat16
+    the library's, by up to 15 % (docs/performance.md).  On a GPU nobody has measured.
+    """
+    return x.device.type != "cpu" or x.element_size() == 2
 
 
 def block_elements(device: torch.device, on_cpu: int) -> int:

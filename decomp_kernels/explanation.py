@@ -280,8 +280,9 @@ def _work(terms: Terms, direction: str) -> dispatch.Work:
     adapter = tables.width(terms.element == 4 or terms.mixed)
     NK = terms.N * terms.K
     return dispatch.Work(
-        "decomposed_linear", direction, terms.M, NK, terms.r, base, adapter, terms.dropout
-    )
+        "decomposed_linear", direction, terms.M, NK, terms.r, base, adapter, terms.dropout,
+        terms.out_scale,
+    )  # fmt: skip
 
 
 def _device(at_hand: torch.device, named: str | None) -> tuple[Ceilings | None, str, str]:

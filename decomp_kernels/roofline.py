@@ -148,9 +148,9 @@ def roof(t: Terms, *, back: bool) -> Step:
 
 def _forward(t: Terms, impl: str) -> Iterator[Step]:
     M, N, K, r = t.M, t.N, t.K, t.r
-    triton, fused = impl.startswith("triton"), impl == "triton:fused"
+    ours, fused = impl != "aten", impl.endswith(":fused")
     rank_rows, rank_cols = 4 * M * r, t.adapter * r * (N + K)
-    wide = t.adapter == 4 and not triton  # in Triton float32 adapters are split for matrix units
+    wide = t.adapter == 4 and not ours  # ours split float32 adapters for matrix units
     if t.weight_map is not None:
         yield Step(f"{t.weight_map}: build W_eff", *_map_cost(t, back=False), t.wide)
     if r:
@@ -158,7 +158,7 @@ def _forward(t: Terms, impl: str) -> Iterator[Step]:
         if impl == "aten":
             yield from _mask(t, "x")
             read += _converted(t, t.x)
-        parts = 3 if triton and t.mixed else 1
+        parts = 3 if ours and t.mixed else 1
         small = rank_rows + rank_cols // 2
         yield Step("t = drop(x) A^T", 2 * M * K * r * parts, read + small, t.wide or wide)
     if fused:
@@ -169,7 +169,7 @@ def _forward(t: Terms, impl: str) -> Iterator[Step]:
     starts = bool(r or t.addend)
     if r:
         moved = t.y + (t.y if t.addend else 0) + rank_rows + rank_cols // 2
-        moved += 0 if triton else _converted(t, t.y)
+        moved += 0 if ours else _converted(t, t.y)
         yield Step("v B^T", 2 * M * N * r, moved, t.wide or wide)
     elif t.addend:
         yield Step("copy of the addend", 0, 2 * t.y)
@@ -182,32 +182,33 @@ def _forward(t: Terms, impl: str) -> Iterator[Step]:
 
 def _backward(t: Terms, impl: str) -> Iterator[Step]:
     M, N, K, r = t.M, t.N, t.K, t.r
-    triton, fused = impl.startswith("triton"), impl == "triton:fused"
+    ours, fused = impl != "aten", impl.endswith(":fused")
     rank_rows, rank_cols = 4 * M * r, t.adapter * r * (N + K)
-    wide = t.adapter == 4 and not triton
+    wide = t.adapter == 4 and not ours
     trained = r > 0 and t.trained_factors
-    parts = 3 if triton and t.mixed else 1
+    parts = 3 if ours and t.mixed else 1
     sums = t.trained_bias or (t.out_scale and t.trained_scales)
     needs_z = t.y if t.out_scale and t.trained_scales else 0
-    if triton and (r or sums):
+    if ours and (r or sums):
         flops = 2 * M * N * r * (2 if trained else 1) * parts
         partials = min(2 * 4 * M * r * -(-N // 128), t.y)  # u's, or another read of dy
         moved = t.y + needs_z + partials + rank_rows + rank_cols // 2
         yield Step("one pass over dy", flops, moved, t.wide)
     if t.out_scale and not fused:
-        yield Step("dy * out_scale", 0, 2 * t.y + (0 if triton else needs_z))
-    elif t.trained_bias and not triton:
+        again = 0 if impl == "native:passes" else t.y  # native: of the one pass over dy
+        yield Step("dy * out_scale", 0, t.y + again + (0 if ours else needs_z))
+    elif t.trained_bias and not ours:
         yield Step("sum of dy", 0, t.y)
-    if r and not triton:
+    if r and not ours:
         moved = t.y + _converted(t, t.y) + rank_rows + rank_cols // 2
         yield Step("u = dy B", 2 * M * N * r, moved, t.wide or wide)
         if trained:
             again = 4 * M * N if t.mixed else t.y
             yield Step("dB", 2 * M * N * r, again + rank_rows + rank_cols // 2, t.wide or wide)
     if trained:
-        if not triton:
+        if not ours:
             yield from _mask(t, "x")
-        moved = t.x + (0 if triton else _converted(t, t.x)) + rank_rows + rank_cols // 2
+        moved = t.x + (0 if ours else _converted(t, t.x)) + rank_rows + rank_cols // 2
         yield Step("dA", 2 * M * K * r * parts, moved, t.wide or wide)
     if fused:
         moved = t.x + t.w + t.y + rank_rows + rank_cols // 2
@@ -215,14 +216,14 @@ def _backward(t: Terms, impl: str) -> Iterator[Step]:
         yield Step("dx in one kernel", t.gemm + 2 * M * K * r, moved, t.wide)
     else:
         if r:
-            moved = t.x + rank_rows + rank_cols // 2 + (0 if triton else _converted(t, t.x))
+            moved = t.x + rank_rows + rank_cols // 2 + (0 if ours else _converted(t, t.x))
             yield Step("dt A", 2 * M * K * r, moved, t.wide or wide)
-            if not triton:
+            if not ours:
                 yield from _mask(t, "dt A", kept=trained)
         moved = t.x + t.w + t.y + (t.x if r else 0)
         yield Step("base GEMM for dx", t.gemm, moved, t.wide)
         if t.in_scale:  # in Triton of the pass that dA is from, which reads x already
-            reads_x = t.x if t.trained_scales and not (triton and trained) else 0
+            reads_x = t.x if t.trained_scales and not (ours and trained) else 0
             yield Step("dx * in_scale", 0, 2 * t.x + reads_x)
     if t.trained_weight:
         yield Step("dW", t.gemm, t.x + t.y + t.w, t.wide)

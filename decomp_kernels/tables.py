@@ -66,7 +66,7 @@ def holds(entry: Entry, sizes: dict[str, int]) -> bool:
 
 def hidden(entry: Entry, earlier: list[Entry], arch: str) -> bool:
     """Whether one of the ``earlier`` entries is taken on ``arch`` wherever ``entry`` would fit."""
-    kinds = ("operator", "adapter", "base", "dropout")
+    kinds = ("operator", "adapter", "base", "dropout", "scaled")
     for other in earlier:
         as_wide = all(kind not in other or entry.get(kind) == other[kind] for kind in kinds)
         as_large = all(
@@ -159,7 +159,7 @@ def _sound(entry: Entry, name: str) -> bool:
     for limit, most in entry["when"].items():
         sound &= limit in limits and type(most) is int and most >= 0
     if measured is not False:
-        sound &= all(isinstance(measured[what], str) for what in ("gpu", "date"))
+        sound &= all(isinstance(measured[what], str) for what in ("on", "date"))
     if name == IMPLEMENTATIONS:
         for direction in ("forward", "backward"):
             form = r"aten|(triton|native):(passes|fused)"

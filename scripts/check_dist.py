@@ -16,11 +16,13 @@ PACKAGE_FILES = {
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.py", "*.json", "py.typed")
     for path in (ROOT / "decomp_kernels").rglob(pattern)
-}
+} - {"decomp_kernels/kernels/native/build.json"}  # made by the build
+NATIVE = "decomp_kernels/kernels/native/"
 SDIST_FILES = PACKAGE_FILES | {
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.md", "*.toml", "*.txt", "setup.py", "LICENSE", "Makefile", "docs/*.*",
-                    "scripts/*.py", "tests/*.py", "benchmarks/*.py")
+                    "scripts/*.py", "tests/*.py", "tests/native/*.*", "benchmarks/*.py",
+                    "csrc/*.cpp", "csrc/*/*.*")
     for path in ROOT.glob(pattern)
 }  # fmt: skip
 REQUIRED = {"torch", "safetensors", "triton"}
@@ -34,6 +36,12 @@ def check_wheel(path: Path) -> list[str]:
         metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     held = {name for name in names if not name.startswith(info)}
+    made = {name for name in held if name.startswith(NATIVE) and name not in PACKAGE_FILES}
+    if unknown := [name for name in made if not name.endswith(("build.json", ".so"))]:
+        problems.append(f"the build made what it should not: {unknown}")
+    if f"{NATIVE}build.json" not in made:
+        problems.append("the build left no record of what it built")
+    held -= made
     problems += [f"the wheel lacks {name}" for name in sorted(PACKAGE_FILES - held)]
     problems += [f"the wheel should not hold {name}" for name in sorted(held - PACKAGE_FILES)]
     if f"{info}/licenses/LICENSE" not in names:

@@ -4,14 +4,17 @@ A file may import what stands in a lower layer, its own folder, and its PEERS.
 """
 
 LAYERS = [
-    {"tables": "choices by architecture and size, shipped and measured"},
+    {
+        "tables": "choices by architecture and size, shipped and measured",
+        "native_library": "what was built of csrc/, loaded on first use",
+    },
     {
         "factors": "the form that every method lowers to",
         "dispatch": "which implementation runs, and why",
         "roofline": "what an implementation computes and moves at the least",
     },
     {"reference": "the definition of each operator and its gradients, plainly"},
-    {"kernels": "fast implementations; aten: of library calls; triton: of Triton kernels"},
+    {"kernels": "fast implementations: aten, of library calls; triton; native, of csrc/"},
     {"ops": "schema, fake, autograd, public function: one file an operator"},
     {"methods": "LoRA, DoRA, SSB, ...: one file a method, found by a registry"},
     {
@@ -45,8 +48,8 @@ PEERS = {
     ("making", "targets"),
 }
 
-# The library calls that every implementation is made of; other kernel files stay apart, but for the
-# files of kernels/triton among themselves: a composition there is made of their kernels.
-SHARED_KERNELS = {"gemm", "columns", "mask", "composition"}
+# The library calls that every implementation is made of; other kernel files stay apart.  But those
+# of kernels/triton and of kernels/native are among themselves: a composition is made of theirs.
+SHARED_KERNELS = {"gemm", "columns", "mask", "composition", "over_dy"}
 
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -8,6 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs on
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from native_places import PLACES, levels
+
+from decomp_kernels import native_library
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():  # before triton: its kernels run on CPU tensors, slowly
@@ -44,3 +47,20 @@ def _fresh_start():
     yield
     if "torch._dynamo" in sys.modules:  # compiled code of one test must not meet another's limits
         torch._dynamo.reset()
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: f"{place[1]}-{place[0]}")
+def place(request):
+    """(device, impl) of the native library, the device being the default one."""
+    torch.set_default_device(request.param[0])
+    yield request.param
+    torch.set_default_device(None)
+
+
+@pytest.fixture(params=levels())
+def level(request):
+    """Host kernels at each instruction set that this processor has."""
+    best = native_library.cpu_level()
+    native_library.set_cpu_level(request.param)
+    yield request.param
+    native_library.set_cpu_level(best)

@@ -62,7 +62,7 @@ def test_the_path_it_names_is_the_path_that_runs(calls, monkeypatch, impl, by):
         assert ("DECOMP_KERNELS_IMPL" in explained.forward.why) == (by == "environment")
 
 
-MEASURED = {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-21"}
+MEASURED = {"on": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0", "date": "2026-11-21"}
 
 
 def measured(forward, backward, **limits):
@@ -312,7 +312,7 @@ def test_a_users_table_is_checked_and_a_stale_one_is_left(on_an_h200):
     good = whole["entries"][0]
     edits = [
         {"forward": "bogus"}, {"forward": "auto"}, {"measured": True}, {"when": {"M": 5}},
-        {"when": {"M_max": "16"}}, {"when": {"Q_max": 5}}, {"measured": {"gpu": "H200"}},
+        {"when": {"M_max": "16"}}, {"when": {"Q_max": 5}}, {"measured": {"on": "H200"}},
         {"measured": MEASURED | {"relative": {"forward": {"aten": 1.0}, "backward": {}}}},
     ]  # fmt: skip
     damaged = [json.dumps(whole | {"entries": [good | edit]}) for edit in edits]
@@ -352,7 +352,7 @@ def test_info_says_what_is_wrong_with_the_environment(monkeypatch, capsys):
     assert main(["info"]) == 0
     assert "DECOMP_KERNELS_IMPL must be one of" in capsys.readouterr().out
     monkeypatch.setenv(dispatch.VARIABLE, "")
-    assert main(["info"]) == 0 and "auto runs aten" in capsys.readouterr().out
+    assert main(["info"]) == 0 and "auto on the CPU: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("words", [["tune", "--dry"], ["bench", "layer", "--quick"]], ids=str)

@@ -52,8 +52,8 @@ def _violations(path: Path, imported: set[str]) -> list[str]:
             if parts[0] != "cli":  # which is a user like others, and has the root
                 wrong.append(f"{name}: the package's root is for users, name the file itself")
         elif target[0] == parts[0] and len(parts) > 1:
-            among_triton = parts[1] == target[1] == "triton"
-            if parts[0] == "kernels" and target[1] not in SHARED_KERNELS and not among_triton:
+            own_family = parts[1] == target[1] and target[1] in ("triton", "native")
+            if parts[0] == "kernels" and target[1] not in SHARED_KERNELS and not own_family:
                 wrong.append(f"{name}: kernel files never import each other")
         elif (parts[0], target[0]) not in PEERS and RANK[target[0]] >= RANK[parts[0]]:
             wrong.append(f"{name}: it is not below {parts[0]}")

@@ -1,4 +1,4 @@
-"""``decomp-kernels tune``: which implementation is fastest where, measured on the GPU at hand.
+"""``decomp-kernels tune``: which implementation is fastest where, measured on this machine.
 
 A cell is one call of the operator: tokens, shape, rank, dtypes, dropout.  Its implementations run
 interleaved, forward and backward apart, and the table of implementations gets an entry that names
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,6 +29,10 @@ LAYERS = (  # N, K of Llama-class models of 8 and 70 billion parameters
 )  # fmt: skip
 TOKENS = (1, 16, 512, 2048, 8192)
 RANKS = (0, 16, 64, 384)
+CPU_LAYERS = ((768, 768), (1024, 1024), (2048, 2048), (4096, 4096))
+CPU_TOKENS = (16, 128, 512, 2048)
+CPU_RANKS = (0, 16, 64)
+CPU_DTYPES = ("float32", "bfloat16")
 DIRECTIONS = ("forward", "backward")
 
 
@@ -42,12 +47,15 @@ class Cell:
     dropout: float = 0.0
     wide_adapter: bool = False  # float32 down and up on a 16-bit base
     dtype: str = "bfloat16"
+    scaled: bool = False  # DoRA: out_scale beside the branch
 
     @property
     def label(self) -> str:
         extra = f", dropout {self.dropout}" if self.dropout else ""
         wide = ", float32 adapter" if self.wide_adapter else ""
-        return f"{self.M} x {self.K} x {self.N}, r={self.r}{extra}{wide}"
+        wide += ", scaled" if self.scaled else ""
+        kind = "" if self.dtype == "bfloat16" else f", {self.dtype}"
+        return f"{self.M} x {self.K} x {self.N}{kind}, r={self.r}{extra}{wide}"
 
     def tensors(self, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
         """Random operands, none of them zero; x, down, up and scales require grad."""
@@ -67,6 +75,7 @@ class Cell:
             made["up"] = draw(self.N, self.r, dtype=adapter, by=0.1)
         else:
             made["in_scale"] = 1.0 + draw(self.K, dtype=torch.float32, by=0.1)
+        if self.scaled or not self.r:
             made["out_scale"] = 1.0 + draw(self.N, dtype=torch.float32, by=0.1)
         return {name: t.requires_grad_(name != "weight") for name, t in made.items()}
 
@@ -75,16 +84,17 @@ def cells(
     tokens: Iterable[int] = TOKENS,
     layers: Iterable[tuple[int, int]] = LAYERS,
     ranks: Iterable[int] = RANKS,
+    dtypes: Iterable[str] = ("bfloat16",),
+    scaled: Iterable[bool] = (False,),
 ) -> Iterator[Cell]:
     """Every cell of the grid, float32 adapters and dropout where there is a branch."""
-    for M in tokens:
-        for N, K in layers:
-            for r in ranks:
-                yield Cell(M, N, K, r)
-                if r:
-                    yield Cell(M, N, K, r, dropout=0.05)
-                    yield Cell(M, N, K, r, wide_adapter=True)
-                    yield Cell(M, N, K, r, dropout=0.05, wide_adapter=True)
+    for dtype, M, (N, K), r in product(dtypes, tokens, layers, ranks):
+        if not r:
+            yield Cell(M, N, K, r, dtype=dtype)
+            continue
+        for wide, dropout, by_scale in product((False, True), (0.0, 0.05), scaled):
+            if not (wide and dtype == "float32"):
+                yield Cell(M, N, K, r, dropout, wide, dtype, by_scale)
 
 
 def measure(
@@ -96,7 +106,11 @@ def measure(
     """
     started = time.monotonic()
     contenders, failed = [_frozen(cell, device)], {}
+    x = torch.empty(0, dtype=getattr(torch, cell.dtype), device=device)
     for impl in impls:
+        if why := dispatch.why_not(x, impl):
+            failed[impl] = why
+            continue
         contender = _contender(cell, device, impl)
         try:
             contender.reset()
@@ -141,17 +155,18 @@ def entries(
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        kinds = (row["wide_adapter"], row["dropout"] > 0, row["dtype"] == "float32")
+        kinds = (row["wide_adapter"], row["dropout"] > 0, row["dtype"] == "float32", row["scaled"])
         groups.setdefault((row["M"], row["N"] * row["K"], row["r"], *kinds), []).append(row)
+    scales = any(row["scaled"] for row in rows)  # else what holds without stands for both
     made = []
-    for (M, NK, r, wide, dropout, float32), group in sorted(groups.items()):
+    for (M, NK, r, wide, dropout, float32, scaled), group in sorted(groups.items()):
         entry: dict[str, Any] = {
             "arch": arch, "operator": "decomposed_linear",
             "when": {"M_max": M, "NK_max": NK, "r_max": r},
             "base": tables.width(float32),
             "adapter": tables.width(float32 or wide),
             "dropout": dropout,
-        }  # fmt: skip
+        } | ({"scaled": scaled or r == 0} if scales else {})  # fmt: skip
         relative = {}
         for direction in DIRECTIONS:
             chosen = {fastest(row, direction) for row in group}
@@ -175,9 +190,12 @@ def entries(
 
 def provenance(device: torch.device) -> dict[str, str]:
     """Where and when: what a table entry says of its measurement."""
-    versions = record.versions()
+    versions, machine = record.versions(), record.machine()
+    name = dispatch.device_name(device)
+    if device.type == "cpu":
+        name = f"{machine['cpu']}, {machine['threads']} threads"
     return {
-        "gpu": dispatch.device_name(device),
+        "on": name,
         "torch": versions["torch"],
         "triton": versions.get("triton", "none"),
         "date": datetime.now(UTC).date().isoformat(),

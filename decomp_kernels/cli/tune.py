@@ -1,4 +1,4 @@
-"""``decomp-kernels tune``: measure on the GPU at hand, and write the tables that ``auto`` reads."""
+"""``decomp-kernels tune``: measure on this machine, and write the tables that ``auto`` reads."""
 
 import argparse
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from decomp_kernels import dispatch, tables
+from decomp_kernels import dispatch, native_library, tables
 from decomp_kernels.bench import record, tiles, tune
 from decomp_kernels.bench.tune import Cell
 from decomp_kernels.cli.errors import BadInput
@@ -21,10 +21,15 @@ TILE_TOKENS, TILE_RANKS = (16, 2048, 8192), (16, 64)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cpu", action="store_true",
+        help="the native library beside library calls on the CPU, at the threads in use",
+    )  # fmt: skip
     parser.add_argument("--part", choices=PARTS, action="append", help="default: both")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", metavar="M", help=f"default: {_words(tune.TOKENS)}"
-    )
+        "--tokens", type=int, nargs="+", metavar="M",
+        help=f"default: {_words(tune.TOKENS)}; on a CPU {_words(tune.CPU_TOKENS)}",
+    )  # fmt: skip
     parser.add_argument(
         "--ranks", type=int, nargs="+", metavar="R",
         help=f"0 is a layer with scales alone (default: {_words(tune.RANKS)})",
@@ -65,7 +70,7 @@ def _run(
     for place in (args.output, folder / "x.json"):
         if place is not None:
             record.check_place(place)  # before minutes of measuring
-    parts = args.part or PARTS
+    parts = ["implementations"] if args.cpu else args.part or PARTS
     found: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     if "tiles" in parts:
         found["tiles"] = _tiles(args, device, arch, folder, measured)
@@ -116,7 +121,8 @@ def _implementations(args, device, arch, folder, measured) -> list[dict[str, Any
         ratios = "  ".join(f"{i} {r['both']['median']:.3f}" for i, r in row["ratio"].items())
         _say(f"{cell.label}: {chosen}   ({ratios} x frozen)")
         for impl, why in row["failed"].items():
-            _say(f"  {impl} failed: {why}")
+            if not args.cpu:  # where most are for GPUs
+                _say(f"  {impl} failed: {why}")
     made = tune.entries(rows, arch, measured)
     if made:
         _written(args, tables.write(folder, tables.IMPLEMENTATIONS, made))
@@ -128,6 +134,16 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
     if args.dry:
         return [Cell(5, 20, 24, 0), Cell(5, 20, 24, 3, dropout=0.05, wide_adapter=True)]
     quick = args.quick
+    if args.cpu:
+        return list(
+            tune.cells(
+                args.tokens or (tune.CPU_TOKENS[2:3] if quick else tune.CPU_TOKENS),
+                tune.CPU_LAYERS[1:3] if quick else tune.CPU_LAYERS,
+                args.ranks or (tune.CPU_RANKS[:2] if quick else tune.CPU_RANKS),
+                tune.CPU_DTYPES,
+                scaled=(False, True),
+            )
+        )
     return list(
         tune.cells(
             args.tokens or (QUICK_TOKENS if quick else tune.TOKENS),
@@ -156,13 +172,22 @@ def _device(args: argparse.Namespace) -> torch.device:
         raise BadInput(
             f"--rounds and --minutes must be positive, got {args.rounds}, {args.minutes}"
         )
+    if args.cpu:
+        if args.dry or args.part:
+            raise BadInput("--cpu measures implementations on the CPU: leave --dry and --part out")
+        if why := native_library.why_not_loaded():
+            raise BadInput(f"tune --cpu needs the native library, and {why}")
+        return torch.device("cpu")
     if why := dispatch.why_not_installed():
         raise BadInput(f"tune needs Triton, and {why}: pip install triton")
     if args.dry:
         os.environ[dispatch.INTERPRET] = "1"  # before the first import of triton
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise BadInput("tune needs a GPU that PyTorch sees; try it without one by --dry")
+        raise BadInput(
+            "tune needs a GPU that PyTorch sees; --cpu measures the CPU, and --dry tries "
+            "every step without one"
+        )
     return torch.device("cuda", torch.cuda.current_device())
 
 

@@ -12,6 +12,7 @@ number of factors runs here; PEFT without its CUDA extension uses one, whatever 
 import torch
 from torch import Tensor
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import BlockRotate, Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.methods.oft import cayley
@@ -30,6 +31,7 @@ class BOFT(Method):
     citation = "arXiv:2311.06243"
     trains = "m K b + N"
     peft = "BOFTConfig; n_butterfly_factor above 1 needs its CUDA extension"
+    impls = dispatch.NOT_NATIVE
     aliases = {
         "boft_block_size": "block_size",
         "boft_block_num": "block_num",

@@ -6,6 +6,7 @@
 The rank of W * (B A) can reach r times that of W.  LieRA is the same with a scale.
 """
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors, Hadamard
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 
@@ -18,6 +19,7 @@ class HiRA(Method):
     citation = "openreview TwJrTz9cRS"
     trains = "r (N + K)"
     peft = "HiraConfig"
+    impls = dispatch.NOT_NATIVE
 
     r: int = 32
 

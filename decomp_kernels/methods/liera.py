@@ -6,6 +6,7 @@
 The paper's map on the multiplicative group is W * exp(dW); this is its first-order form.
 """
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors, Hadamard
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 
@@ -18,6 +19,7 @@ class LieRA(Method):
     citation = "arXiv:2504.00851"
     trains = "r (N + K)"
     peft = "HiraConfig, with s folded into B"
+    impls = dispatch.NOT_NATIVE
 
     r: int = 8
     alpha: float = 8.0

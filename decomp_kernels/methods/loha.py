@@ -12,6 +12,7 @@ and for larger r the effective weight is built.
 
 from torch import Tensor
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import DoubleHadamard, Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 
@@ -26,6 +27,7 @@ class LoHa(Method):
     citation = "arXiv:2108.06098"
     trains = "2 r (N + K)"
     peft = "LoHaConfig"
+    impls = dispatch.NOT_NATIVE
 
     r: int = 8
     alpha: float = 8.0

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import BlockRotate, Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.ops.autocast import no_autocast
@@ -35,6 +36,7 @@ class OFT(Method):
     citation = "arXiv:2306.07280"
     trains = "K (b - 1) / 2"
     peft = "OFTConfig"
+    impls = dispatch.NOT_NATIVE
     aliases = {"oft_block_size": "block_size"}
 
     r: int | None = None

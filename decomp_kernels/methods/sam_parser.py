@@ -7,6 +7,7 @@ Written as a change of W the start is exact, where U diag(sigma) V^T would round
 W's dtype whatever the adapter's is: together they are as large as two copies of a square W.
 """
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors, SingularDiagonal
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.methods.spectral_additive import compact
@@ -17,6 +18,7 @@ class SAMParser(Method):
     formula = "U diag(sigma') V^T"
     citation = "arXiv:2308.14604"
     trains = "min(N, K)"
+    impls = dispatch.NOT_NATIVE
 
     def create(self, adapter: Adapter, base: Base) -> None:
         U, S, Vt = base.svd()

@@ -10,6 +10,7 @@ last is also how the trained state of Diff pruning goes on as a sparse update.
 import torch
 from torch import Tensor
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors, Scatter
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 
@@ -26,6 +27,7 @@ class Sparse(Method):
     citation = "arXiv:2406.13175"
     trains = "density N K, or r (N + K)"
     peft = 'ShiraConfig, with mask="random"'
+    impls = dispatch.NOT_NATIVE
     aliases = {"mask_type": "mask"}
 
     mask: str = "random"

@@ -10,6 +10,7 @@ The vectors have W's dtype whatever the adapter's is: together they are two copi
 
 import torch
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors, SingularDiagonal
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.methods.spectral_additive import compact
@@ -20,6 +21,7 @@ class SVDiff(Method):
     formula = "U diag(relu(sigma + delta)) V^T"
     citation = "arXiv:2303.11305"
     trains = "min(N, K)"
+    impls = dispatch.NOT_NATIVE
 
     def create(self, adapter: Adapter, base: Base) -> None:
         U, S, Vt = base.svd()

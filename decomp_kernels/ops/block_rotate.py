@@ -13,13 +13,16 @@ from torch import Tensor
 from decomp_kernels.factors import BlockRotate
 from decomp_kernels.kernels.aten import block_rotate as aten
 from decomp_kernels.ops.autocast import outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import block_rotate as reference
 
 ACTS_ON_INPUT = True
 
 _MAP = "Tensor blocks, Tensor? permutations, str impl"
+
+_FILES = files(triton="block_rotate")
+
 torch.library.define("decomp_kernels::block_rotate_build", f"(Tensor weight, {_MAP}) -> Tensor")
 torch.library.define("decomp_kernels::block_rotate_fwd", f"(Tensor x, {_MAP}) -> Tensor")
 torch.library.define(
@@ -82,7 +85,7 @@ def _bwd_fake(gx, x, blocks, permutations, impl):
 
 
 def _implementation(x: Tensor, impl: str):
-    return implementation(x, impl, reference, aten, "block_rotate")
+    return implementation(x, impl, reference, aten, _FILES)
 
 
 build_op = torch.ops.decomp_kernels.block_rotate_build.default

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from decomp_kernels import dispatch
-from decomp_kernels.dispatch import Work, dtype_names
 from decomp_kernels.factors import SingularDiagonal, WeightMap
 from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
 from decomp_kernels.ops.arguments import check_arguments, check_seed
 from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.ops.map_ops import MAP_OPS
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import decomposed_linear as reference
@@ -27,7 +26,10 @@ _SHARED = (
     "Tensor weight, Tensor? weight_scale, str weight_format, Tensor? bias, "
     "Tensor? down, Tensor? up, Tensor? core, Tensor? in_scale, Tensor? out_scale, "
 )
-_TRITON = {"triton:passes": "decomposed_linear", "triton:fused": "decomposed_linear_fused"}
+_FILES = files(
+    triton={"triton:passes": "decomposed_linear", "triton:fused": "decomposed_linear_fused"},
+    native={"native:passes": "decomposed_linear", "native:fused": "decomposed_linear_fused"},
+)
 _OPTIONS = "Tensor? seed, float scale, float dropout, str activation, "
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -54,8 +56,8 @@ def _forward(
     N, K = weight.shape
     matrix = x.dim() == 2
     keep_t, keep_z = keep
-    work = _work("forward", x, weight, down, dropout)
-    chosen = implementation(x, impl, reference, aten, _TRITON, work)
+    asked = work("decomposed_linear", "forward", x, weight, down, dropout, out_scale)
+    chosen = implementation(x, impl, reference, aten, _FILES, asked)
     y, t, z = chosen.forward(
         x if matrix else x.reshape(-1, K), weight, bias, down, up, core, in_scale, out_scale,
         None if addend is None else addend.reshape(-1, N), seed, scale, dropout, activation,
@@ -73,8 +75,8 @@ def _backward(
     """Gradients: each in its tensor's shape and dtype, None where it is not asked for."""
     N, K = weight.shape
     matrix = dy.dim() == 2
-    work = _work("backward", dy, weight, down, dropout)
-    chosen = implementation(dy, impl, reference, aten, _TRITON, work)
+    asked = work("decomposed_linear", "backward", dy, weight, down, dropout, out_scale)
+    chosen = implementation(dy, impl, reference, aten, _FILES, asked)
     grads = chosen.backward(
         dy if matrix else dy.reshape(-1, N),
         x if x is None or matrix else x.reshape(-1, K),
@@ -94,18 +96,6 @@ def _backward(
         d_addend = None if grads.addend is None else grads.addend.view(*lead, N)
         grads = grads._replace(x=d_x, addend=d_addend)
     return grads
-
-
-def _work(direction: str, rows: Tensor, weight: Tensor, down: Tensor | None, dropout: float):
-    """What ``auto`` looks up on a GPU, made where it does."""
-
-    def work() -> Work:
-        r = 0 if down is None else down.shape[0]
-        M = rows.numel() // max(rows.shape[-1], 1)
-        dtypes = dtype_names(weight, weight if down is None else down)
-        return Work("decomposed_linear", direction, M, weight.numel(), r, *dtypes, dropout > 0.0)
-
-    return work
 
 
 @torch.library.impl("decomp_kernels::decomposed_linear_fwd", "CompositeExplicitAutograd")

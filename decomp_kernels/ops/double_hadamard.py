@@ -11,13 +11,16 @@ from torch import Tensor
 from decomp_kernels.factors import DoubleHadamard
 from decomp_kernels.kernels.aten import double_hadamard as aten
 from decomp_kernels.ops.autocast import outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import double_hadamard as reference
 
 ACTS_ON_INPUT = False
 
 _MAP = "Tensor up1, Tensor down1, Tensor up2, Tensor down2, float scale, str impl"
+
+_FILES = files(triton="double_hadamard")
+
 torch.library.define("decomp_kernels::double_hadamard_build", f"(Tensor weight, {_MAP}) -> Tensor")
 torch.library.define(
     "decomp_kernels::double_hadamard_contract",
@@ -51,7 +54,7 @@ def _contract_fake(weight, g, x, up1, down1, up2, down2, scale, impl):
 
 
 def _implementation(weight: Tensor, impl: str):
-    return implementation(weight, impl, reference, aten, "double_hadamard")
+    return implementation(weight, impl, reference, aten, _FILES)
 
 
 build_op = torch.ops.decomp_kernels.double_hadamard_build.default

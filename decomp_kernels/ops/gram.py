@@ -12,10 +12,12 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import gram as aten
 from decomp_kernels.ops.autocast import outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import gram as reference
 from decomp_kernels.reference.gram import KINDS, groups, wide
+
+_FILES = files(triton="gram", native="gram")
 
 torch.library.define(
     "decomp_kernels::gram_fwd",
@@ -66,7 +68,7 @@ def _bwd_fake(d_loss, downs, ups, residuals, squared, scale, impl):
 
 def _implementation(matrices: Sequence[Tensor], impl: str):
     double = (matrix for matrix in matrices if matrix.dtype == torch.float64)
-    return implementation(next(double, matrices[0]), impl, reference, aten, "gram")
+    return implementation(next(double, matrices[0]), impl, reference, aten, _FILES)
 
 
 def _loss_dtype(downs: Sequence[Tensor], ups: Sequence[Tensor]) -> torch.dtype:

@@ -17,7 +17,7 @@ from decomp_kernels.ops.arguments import check_arguments, check_seed
 from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.dropout import draw_seed
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import grouped_linear as reference
 from decomp_kernels.reference.decomposed_linear import Gradients
@@ -34,6 +34,9 @@ _LAYERS = (
     "Tensor?[] in_scales, Tensor?[] out_scales, Tensor?[] seeds, "
     "float[] scales, float[] dropouts, str[] activations, "
 )
+
+_FILES = files(triton="grouped_linear")
+
 torch.library.define(
     "decomp_kernels::grouped_linear_fwd",
     f"(Tensor x, {_LAYERS}bool[] keep, str impl) -> (Tensor[] ys, Tensor[] ts, Tensor[] zs)",
@@ -51,7 +54,7 @@ def _fwd(x, *others):
     """y, t and z of each layer; of a layer's two ``keep``, t and z are there where they say so."""
     *parts, keep, impl = others
     layers = [Layer(*part) for part in zip(*parts, strict=True)]
-    chosen = implementation(x, impl, reference, aten, "grouped_linear")
+    chosen = implementation(x, impl, reference, aten, _FILES)
     ys, ts, zs = zip(*chosen.forward(x.reshape(-1, x.shape[-1]), layers), strict=True)
     lead = x.shape[:-1]
     return (
@@ -70,7 +73,7 @@ def _bwd(dys, x, *others):
     """
     *parts, ts, zs, needs, impl = others
     layers = [Layer(*part) for part in zip(*parts, strict=True)]
-    chosen = implementation(dys[0], impl, reference, aten, "grouped_linear")
+    chosen = implementation(dys[0], impl, reference, aten, _FILES)
     lead, K = dys[0].shape[:-1], layers[0].weight.shape[1]
     d_x, found = chosen.backward(
         [dy.reshape(-1, dy.shape[-1]) for dy in dys],

@@ -10,11 +10,13 @@ from torch import Tensor
 from decomp_kernels.factors import Hadamard
 from decomp_kernels.kernels.aten import hadamard as aten
 from decomp_kernels.ops.autocast import outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import hadamard as reference
 
 ACTS_ON_INPUT = False
+
+_FILES = files(triton="hadamard")
 
 torch.library.define(
     "decomp_kernels::hadamard_build",
@@ -50,7 +52,7 @@ def _contract_fake(weight, g, x, up, down, scale, impl):
 
 
 def _implementation(weight: Tensor, impl: str):
-    return implementation(weight, impl, reference, aten, "hadamard")
+    return implementation(weight, impl, reference, aten, _FILES)
 
 
 build_op = torch.ops.decomp_kernels.hadamard_build.default

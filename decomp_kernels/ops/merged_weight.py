@@ -7,8 +7,10 @@ of torch's.
 from torch import Tensor
 
 from decomp_kernels import dispatch
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.reference import decomposed_linear as reference
+
+_FILES = files(triton="merged_weight", native="merged_weight")
 
 
 def merged_weight(
@@ -29,6 +31,6 @@ def merged_weight(
     impl = dispatch.named(impl)
     if impl in dispatch.TRITON_FORMS and dispatch.why_not(weight, impl):
         impl = "reference"
-    chosen = implementation(weight, impl, reference, reference, "merged_weight")
+    chosen = implementation(weight, impl, reference, reference, _FILES)
     with dispatch.on(weight.device):
         return chosen.merged_weight(weight, down, up, core, in_scale, out_scale, scale)

@@ -6,12 +6,13 @@ Formula and gradients: reference/row_norm.py.  DoRA (arXiv 2402.09353) divides i
 import torch
 from torch import Tensor
 
-from decomp_kernels.dispatch import Work, dtype_names
 from decomp_kernels.kernels.aten import row_norm as aten
 from decomp_kernels.ops.autocast import outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.reference import row_norm as reference
+
+_FILES = files(triton="row_norm", native="row_norm")
 
 torch.library.define("decomp_kernels::squared_rows", "(Tensor weight) -> Tensor")
 torch.library.define(
@@ -66,12 +67,8 @@ def _bwd_fake(d_norm, norm, weight, down, up, scale, impl):
 
 
 def _implementation(weight: Tensor, down: Tensor, direction: str, impl: str):
-    def work() -> Work:
-        M, r = weight.shape[0], down.shape[0]
-        dtypes = dtype_names(weight, down)
-        return Work("row_norm", direction, M, weight.numel(), r, *dtypes)
-
-    return implementation(weight, impl, reference, aten, "row_norm", work)
+    asked = work("row_norm", direction, weight, weight, down)
+    return implementation(weight, impl, reference, aten, _FILES, asked)
 
 
 squared_rows = torch.ops.decomp_kernels.squared_rows.default

@@ -10,13 +10,16 @@ from torch import Tensor
 from decomp_kernels.factors import Scatter
 from decomp_kernels.kernels.aten import scatter as aten
 from decomp_kernels.ops.autocast import outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import scatter as reference
 
 ACTS_ON_INPUT = False
 
 _MAP = "Tensor rows, Tensor cols, Tensor values, str impl"
+
+_FILES = files(triton="scatter")
+
 torch.library.define("decomp_kernels::scatter_build", f"(Tensor weight, {_MAP}) -> Tensor")
 torch.library.define(
     "decomp_kernels::scatter_contract", f"(Tensor weight, Tensor g, Tensor x, {_MAP}) -> Tensor"
@@ -47,7 +50,7 @@ def _contract_fake(weight, g, x, rows, cols, values, impl):
 
 
 def _implementation(weight: Tensor, impl: str):
-    return implementation(weight, impl, reference, aten, "scatter")
+    return implementation(weight, impl, reference, aten, _FILES)
 
 
 build_op = torch.ops.decomp_kernels.scatter_build.default

@@ -11,13 +11,16 @@ from torch import Tensor
 from decomp_kernels.factors import SingularDiagonal
 from decomp_kernels.kernels.aten import singular_diagonal as aten
 from decomp_kernels.ops.autocast import outside_autocast
-from decomp_kernels.ops.implementation import implementation
+from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import singular_diagonal as reference
 
 ACTS_ON_INPUT = False
 
 _MAP = "Tensor left, Tensor diagonal, Tensor right, str impl"
+
+_FILES = files(triton="singular_diagonal")
+
 torch.library.define(
     "decomp_kernels::singular_diagonal_build", f"(Tensor weight, {_MAP}) -> Tensor"
 )
@@ -55,7 +58,7 @@ def _contract_fake(weight, g, x, left, diagonal, right, impl):
 
 
 def _implementation(weight: Tensor, impl: str):
-    return implementation(weight, impl, reference, aten, "singular_diagonal")
+    return implementation(weight, impl, reference, aten, _FILES)
 
 
 build_op = torch.ops.decomp_kernels.singular_diagonal_build.default

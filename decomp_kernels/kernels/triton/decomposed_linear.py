@@ -73,7 +73,7 @@ def backward(
     need: Any = Gradients(*needs)
     dy = dy.contiguous()
     need_dX = bool(need.x or need.in_scale)
-    dt, found = over_dy(dy, up, core, out_scale, t, z, seed, scale, dropout, activation, need)
+    dt, found, _ = over_dy(dy, up, core, out_scale, t, z, seed, scale, dropout, activation, need)
     need_g = bool(need_dX or need.weight or need.addend)
     g = dy if out_scale is None or not need_g else columns.scale_columns(dy, out_scale)
     d_x = d_in = None

@@ -76,7 +76,7 @@ def backward(
 ) -> Gradients:
     need: Any = Gradients(*needs)
     dy = dy.contiguous()
-    dt, found = over_dy(dy, up, core, out_scale, t, z, seed, scale, dropout, activation, need)
+    dt, found, _ = over_dy(dy, up, core, out_scale, t, z, seed, scale, dropout, activation, need)
     d_down = None
     if need.down and dt is not None and x is not None:
         d_down = column_walk(x, left=dt, seed=seed, dropout=dropout)[1]

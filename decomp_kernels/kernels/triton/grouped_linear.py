@@ -74,7 +74,7 @@ def backward(
         )
         for dy, layer, t, z, need in zip(dys, layers, ts, zs, needs, strict=True)
     ]
-    dts: list[Any] = [dt for dt, _ in over]
+    dts: list[Any] = [dt for dt, _, _ in over]
 
     shared = [i for i, layer in enumerate(layers) if layer.in_scale is None and needs[i].x]
     d_x = _to_input(shared, dys, layers, dts) if shared else None
@@ -102,7 +102,7 @@ def backward(
         products |= zip(lefts, walk_columns(x, list(lefts.values())).c, strict=True)
 
     found = []
-    for i, (layer, (_, grads)) in enumerate(zip(layers, over, strict=True)):
+    for i, (layer, (_, grads, _)) in enumerate(zip(layers, over, strict=True)):
         d_down = products.get(i)
         if d_down is not None and layer.in_scale is not None:
             d_down = d_down * layer.in_scale

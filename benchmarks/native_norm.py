@@ -1,0 +1,162 @@
+"""Host kernels on weights next to the library calls they stand in for, in interleaved calls.
+
+    OMP_NUM_THREADS=1 python benchmarks/native_norm.py [--threads 1] [--rounds 40] [--only row_norm]
+
+Row norms, merged weights, Gram matrices of a model's factors, and dequantisation.  A row is the
+median and the quartiles of aten's time over the kernel's, round by round: above 1 the kernel wins.
+One thread is timed by the CPU time of the process, which other processes disturb least; several by
+the clock on the wall.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from decomp_kernels.kernels.aten import dequantize as aten_dequantize
+from decomp_kernels.kernels.aten import gram as aten_gram
+from decomp_kernels.kernels.aten import row_norm as aten_row_norm
+from decomp_kernels.kernels.native import dequantize, gram, merged_weight, row_norm
+from decomp_kernels.reference import decomposed_linear as reference
+
+SIZES = (1024, 2048)
+RANKS = (16, 64)
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+}
+LAYERS = 64
+
+Case = tuple[str, str, Callable[[], object], Callable[[], object]]
+
+
+def row_norms() -> Iterator[Case]:
+    for size in SIZES:
+        for dtype, (base, _) in DTYPES.items():
+            weight = torch.randn(size, size).to(base)
+            yield (
+                "squared_rows", f"{size} {dtype}",
+                lambda W=weight: aten_row_norm.squared_rows(W),
+                lambda W=weight: row_norm.squared_rows(W),
+            )  # fmt: skip
+            for r in RANKS:
+                yield from _row_norm(size, r, dtype)
+
+
+def _row_norm(size: int, r: int, dtype: str) -> Iterator[Case]:
+    base, adapter = DTYPES[dtype]
+    weight = torch.randn(size, size).to(base)
+    small = torch.randn(r, size).to(adapter), torch.randn(size, r).to(adapter)
+    weight_sq = aten_row_norm.squared_rows(weight)
+    norm = aten_row_norm.forward(weight, weight_sq, *small, 0.5)
+    d_norm = torch.randn(size)
+    yield (
+        "row_norm forward", f"{size} r={r} {dtype}",
+        lambda: aten_row_norm.forward(weight, weight_sq, *small, 0.5),
+        lambda: row_norm.forward(weight, weight_sq, *small, 0.5),
+    )  # fmt: skip
+    yield (
+        "row_norm backward", f"{size} r={r} {dtype}",
+        lambda: aten_row_norm.backward(d_norm, norm, weight, *small, 0.5),
+        lambda: row_norm.backward(d_norm, norm, weight, *small, 0.5),
+    )  # fmt: skip
+
+
+def merges() -> Iterator[Case]:
+    for size in SIZES:
+        for r in RANKS:
+            for dtype, (base, adapter) in DTYPES.items():
+                weight = torch.randn(size, size).to(base)
+                down, up = torch.randn(r, size).to(adapter), torch.randn(size, r).to(adapter)
+                for name, scales in (
+                    ("LoRA", (None, None)),
+                    ("DoRA", (None, torch.rand(size))),
+                ):
+                    terms = (weight, down, up, None, *scales, 0.5)
+                    yield (
+                        "merged_weight", f"{size} r={r} {dtype} {name}",
+                        lambda terms=terms: reference.merged_weight(*terms),
+                        lambda terms=terms: merged_weight.merged_weight(*terms),
+                    )  # fmt: skip
+
+
+def grams() -> Iterator[Case]:
+    for r in RANKS:
+        for dtype in (torch.float32, torch.bfloat16):
+            downs = [torch.randn(r, 1024).to(dtype) for _ in range(LAYERS)]
+            ups = [torch.randn(1024, r).to(dtype) for _ in range(LAYERS)]
+            shape = f"{LAYERS} x 1024 r={r} {'fp32' if dtype == torch.float32 else 'bf16'}"
+            loss, residuals = aten_gram.forward(downs, ups, "o", True, 1.0)
+            yield (
+                "gram forward", shape,
+                lambda d=downs, u=ups: aten_gram.forward(d, u, "o", True, 1.0),
+                lambda d=downs, u=ups: gram.forward(d, u, "o", True, 1.0),
+            )  # fmt: skip
+            yield (
+                "gram backward", shape,
+                lambda d=downs, u=ups, e=residuals, s=loss: aten_gram.backward(s, d, u, e, True, 1.0),
+                lambda d=downs, u=ups, e=residuals, s=loss: gram.backward(s, d, u, e, True, 1.0),
+            )  # fmt: skip
+
+
+def codes() -> Iterator[Case]:
+    for size in (*SIZES, 4096):
+        nf4 = torch.randint(0, 256, (size * size // 2,), dtype=torch.uint8)
+        int8 = torch.randint(-127, 128, (size, size), dtype=torch.int8)
+        for kind, weight, absmax in (
+            ("nf4", nf4, torch.rand(size * size // 64)),
+            ("int8", int8, torch.rand(size)),
+        ):
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                terms = (weight, absmax, kind, size, size, dtype)
+                yield (
+                    "dequantize", f"{size} {kind} {name}",
+                    lambda terms=terms: aten_dequantize.forward(*terms),
+                    lambda terms=terms: dequantize.forward(*terms),
+                )  # fmt: skip
+
+
+TOPICS = {"row_norm": row_norms, "merged_weight": merges, "gram": grams, "dequantize": codes}
+
+
+def timed(run: Callable[[], object], threads: int) -> float:
+    clock = time.process_time if threads == 1 else time.perf_counter
+    start = clock()
+    run()
+    return clock() - start
+
+
+def measure(case: Case, rounds: int, threads: int) -> str:
+    name, shape, aten, native = case
+    for run in (aten, native):
+        run()
+    ratios, times = [], []
+    for turn in range(rounds):
+        order = (aten, native) if turn % 2 else (native, aten)
+        took = {run: timed(run, threads) for run in order}
+        ratios.append(took[aten] / took[native])
+        times.append(took[native])
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    milliseconds = 1e3 * statistics.median(times)
+    return f"{name:18s} {shape:24s} {middle:6.2f} {low:6.2f} {high:6.2f} {milliseconds:9.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--only", choices=TOPICS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    print(f"{'kernel':18s} {'shape':24s} {'ratio':>6s} {'25 %':>6s} {'75 %':>6s} {'native ms':>9s}")
+    for topic in [options.only] if options.only else TOPICS:
+        for case in TOPICS[topic]():
+            print(measure(case, options.rounds, options.threads), flush=True)
+
+
+if __name__ == "__main__":
+    main()

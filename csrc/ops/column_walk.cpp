@@ -1,0 +1,147 @@
+// One read of big [M, N] for all that a backward takes from it.
+//
+//     u = big @ right              [M, r] float32       right  [N, r]
+//     c = drop(big)^T left         [N, r] float32       left   [M, r]    [r, N] where c_by_rank
+//     p = sum_m big * other        [N] float32          other  [M, N]
+//     s = sum_m big                [N] float32          where column_sum
+//     scaled = big * scale         [M, N]               scale  [N] float32
+//
+// The mask is on big in c alone, and nothing is divided by the kept fraction: the caller divides left.
+// What is not asked for is an empty tensor.
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "checks.h"
+#include "column_walk.h"
+#include "dropout.h"
+#include "scratch.h"
+
+namespace decomp_kernels {
+namespace {
+
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The checks of every device, and the sizes and options that follow from them.
+struct Call {
+  Checks checks;
+  int64_t M, N, r;
+  Dtype big_dtype, small_dtype;
+  Dropout dropout;
+
+  Call(const Tensor& big, const OptionalTensor& right, const OptionalTensor& left,
+       const OptionalTensor& other, const OptionalTensor& scale, const OptionalTensor& seed, double p)
+      : checks("column_walk", big, "big") {
+    checks.tensor(big, "big", {-1, -1});
+    M = big.size(0);
+    N = big.size(1);
+    r = 0;
+    big_dtype = checks.floating(big, "big", false);
+    small_dtype = Dtype::kFloat;
+    if (const OptionalTensor& small = right ? right : left) {
+      const char* name = right ? "right" : "left";
+      checks.tensor(*small, name, {right ? N : M, -1});
+      r = small->size(1);
+      small_dtype = checks.floating(*small, name, false);
+    }
+    if (right && left) {
+      checks.tensor(*left, "left", {M, r});
+      checks.dtype(left, "left", right->scalar_type());
+    }
+    checks.tensor(other, "other", {M, N});
+    checks.dtype(other, "other", big.scalar_type());
+    checks.tensor(scale, "scale", {N});
+    checks.dtype(scale, "scale", ScalarType::Float);
+    dropout = checked_dropout(checks, seed, p);
+  }
+};
+
+// A float32 result of [rows, r] (rows 1 for a vector) and this shape: ``count`` partials, their sum.
+class Summed {
+ public:
+  Summed(const Tensor& like, bool asked, int64_t count, int64_t rows, int64_t r,
+         std::initializer_list<int64_t> shape, bool by_rank = false)
+      : asked_(asked), direct_(count == 1 && !by_rank), sum_{nullptr, nullptr, count, rows, r, by_rank} {
+    const auto floats = [&](std::initializer_list<int64_t> sizes) {
+      return make(like, sizes, ScalarType::Float);
+    };
+    out_ = asked ? floats(shape) : floats({0});
+    partials_ = !asked || direct_ ? out_ : floats({count, rows, r});
+    sum_.partials = partials();
+    sum_.out = static_cast<float*>(out_.mutable_data_ptr());
+  }
+
+  // Where the kernel writes; null where the result is not asked for.
+  float* partials() {
+    return asked_ ? static_cast<float*>(partials_.mutable_data_ptr()) : nullptr;
+  }
+
+  Tensor sum() {
+    if (!asked_ || direct_) return out_;
+    if (sum_.count == 0) {
+      torch::stable::zero_(out_);
+      return out_;
+    }
+    const auto kernel = DK_AT_LEVEL(sum_partials);
+    torch::stable::parallel_for(0, sum_.rows, 256, [&](int64_t begin, int64_t end) {
+      kernel(sum_, begin, end);
+    });
+    return out_;
+  }
+
+ private:
+  bool asked_, direct_;
+  cpu::PartialSum sum_;
+  Tensor out_, partials_;
+};
+
+Results column_walk(Tensor big, OptionalTensor right, OptionalTensor left, OptionalTensor other,
+                    OptionalTensor scale, OptionalTensor seed, double dropout, bool column_sum,
+                    bool c_by_rank) {
+  const Call call(big, right, left, other, scale, seed, dropout);
+  const int64_t M = call.M, N = call.N, r = call.r;
+  cpu::ColumnWalk walk{};
+  walk.big = big.const_data_ptr();
+  walk.right = pointer(right);
+  walk.left = pointer(left);
+  walk.other = pointer(other);
+  walk.scale = float_pointer(scale);
+  walk.M = M;
+  walk.N = N;
+  walk.r = r;
+  walk.seed = host_seed(seed);
+  walk.threshold = call.dropout.threshold;
+  walk.big_dtype = call.big_dtype;
+  walk.small_dtype = call.small_dtype;
+
+  Summed u(big, bool(right), walk.strips(), M, r, {M, r});
+  Summed c(big, bool(left), walk.chunks(), N, r, {c_by_rank ? r : N, c_by_rank ? N : r}, c_by_rank);
+  Summed p(big, bool(other), walk.chunks(), 1, N, {N}), s(big, column_sum, walk.chunks(), 1, N, {N});
+  Tensor scaled = scale ? make(big, {M, N}, big.scalar_type()) : make(big, {0}, big.scalar_type());
+  walk.u = u.partials();
+  walk.c = c.partials();
+  walk.p = p.partials();
+  walk.s = s.partials();
+  walk.scaled = scale ? scaled.mutable_data_ptr() : nullptr;
+
+  const auto kernel = DK_AT_LEVEL(column_walk);
+  torch::stable::parallel_for(0, walk.units(), 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = scratch_floats(walk.scratch_floats());
+    kernel(walk, begin, end, scratch.get());
+  });
+  return {u.sum(), c.sum(), p.sum(), s.sum(), scaled};
+}
+
+}  // namespace
+}  // namespace decomp_kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
+  m.def("column_walk(Tensor big, Tensor? right, Tensor? left, Tensor? other, Tensor? scale, "
+        "Tensor? seed, float dropout, bool column_sum, bool c_by_rank=False) "
+        "-> (Tensor u, Tensor c, Tensor p, Tensor s, Tensor scaled)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {
+  m.impl("column_walk", TORCH_BOX(&decomp_kernels::column_walk));
+}

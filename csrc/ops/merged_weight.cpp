@@ -1,0 +1,73 @@
+// merged_weight: the weight of the plain linear that an adapted layer is (maths: merged_weight of
+// decomp_kernels/reference/decomposed_linear.py).
+
+#include "../cpu/merged_weight.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "checks.h"
+
+namespace decomp_kernels {
+namespace {
+
+constexpr int64_t kElementsPerThread = 1 << 16;  // of W: fewer are not worth another thread
+
+Tensor merged_weight(Tensor weight, OptionalTensor down, OptionalTensor up, OptionalTensor core,
+                     OptionalTensor in_scale, OptionalTensor out_scale, double scale) {
+  const Checks check("merged_weight", weight, "weight");
+  check.tensor(weight, "weight", {-1, -1});
+  const int64_t N = weight.size(0), K = weight.size(1);
+  check.that(down.has_value() == up.has_value(), "down and up come together: give both, or neither");
+  check.that(down || !core, "core scales the low-rank branch: give down and up with it");
+  check.tensor(down, "down", {-1, K});
+  const int64_t r = down ? down->size(0) : 0;
+  check.tensor(up, "up", {N, r});
+  check.tensor(core, "core", {r});
+  check.tensor(in_scale, "in_scale", {K});
+  check.tensor(out_scale, "out_scale", {N});
+  check.dtype(core, "core", ScalarType::Float);
+  check.dtype(in_scale, "in_scale", ScalarType::Float);
+  check.dtype(out_scale, "out_scale", ScalarType::Float);
+
+  cpu::MergedWeightArgs a{};
+  a.weight_dtype = check.floating(weight, "weight", false);
+  a.small_dtype = Dtype::kFloat;
+  if (down) {
+    a.small_dtype = check.floating(*down, "down", false);
+    check.dtype(up, "up", down->scalar_type());
+  }
+  a.weight = weight.const_data_ptr();
+  a.down = pointer(down);
+  a.up = pointer(up);
+  a.core = float_pointer(core);
+  a.in_scale = float_pointer(in_scale);
+  a.out_scale = float_pointer(out_scale);
+  a.N = N;
+  a.K = K;
+  a.r = r;
+  a.scale = float(scale);
+  Tensor wide = make(weight, {N, r}, ScalarType::Float);
+  Tensor out = make(weight, {N, K}, weight.scalar_type());
+  a.wide = static_cast<float*>(wide.mutable_data_ptr());
+  a.out = out.mutable_data_ptr();
+
+  const int64_t units = (N + cpu::kMergedRows - 1) / cpu::kMergedRows;
+  const int64_t grain = kElementsPerThread / (cpu::kMergedRows * K + 1) + 1;
+  const auto run = DK_AT_LEVEL(merged_weight);
+  torch::stable::parallel_for(0, units, grain,
+                              [&](int64_t begin, int64_t end) { run(a, begin, end); });
+  return out;
+}
+
+}  // namespace
+}  // namespace decomp_kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
+  m.def(
+      "merged_weight(Tensor weight, Tensor? down, Tensor? up, Tensor? core, Tensor? in_scale, "
+      "Tensor? out_scale, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {
+  m.impl("merged_weight", TORCH_BOX(&decomp_kernels::merged_weight));
+}

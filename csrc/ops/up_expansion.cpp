@@ -1,0 +1,82 @@
+// The way out of the rank:   out = bias + addend + mask(v small)      rounded once
+//
+//     v [M, r]   small [r, N]   bias [N]   addend, out [M, N] of ``dtype``
+//
+// The mask is that of an [M, N] tensor; nothing is divided by the kept fraction: the caller divides v.
+
+#include <torch/csrc/stable/library.h>
+
+#include "checks.h"
+#include "dropout.h"
+#include "scratch.h"
+#include "up_expansion.h"
+
+namespace decomp_kernels {
+namespace {
+
+// The checks of every device, and the sizes and options that follow from them.
+struct Call {
+  Checks checks;
+  int64_t M, N, r;
+  Dtype small_dtype, bias_dtype, out_dtype;
+  Dropout dropout;
+
+  Call(const Tensor& v, const Tensor& small, const OptionalTensor& bias, const OptionalTensor& addend,
+       const OptionalTensor& seed, double p, ScalarType dtype)
+      : checks("up_expansion", v, "v") {
+    checks.tensor(v, "v", {-1, -1});
+    M = v.size(0);
+    r = v.size(1);
+    checks.tensor(small, "small", {r, -1});
+    N = small.size(1);
+    small_dtype = checks.floating(v, "v", false);
+    checks.dtype(small, "small", v.scalar_type());
+    checks.tensor(bias, "bias", {N});
+    bias_dtype = bias ? checks.floating(*bias, "bias", false) : Dtype::kFloat;
+    checks.tensor(addend, "addend", {M, N});
+    checks.dtype(addend, "addend", dtype);
+    checks.that(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                "dtype must be float32 or bfloat16, got ", torch::headeronly::toString(dtype));
+    out_dtype = dtype == ScalarType::Float ? Dtype::kFloat : Dtype::kBFloat16;
+    dropout = checked_dropout(checks, seed, p);
+  }
+};
+
+Tensor up_expansion(Tensor v, Tensor small, OptionalTensor bias, OptionalTensor addend,
+                    OptionalTensor seed, double dropout, ScalarType dtype) {
+  const Call call(v, small, bias, addend, seed, dropout, dtype);
+  Tensor out = make(v, {call.M, call.N}, dtype);
+  cpu::UpExpansion args{};
+  args.v = v.const_data_ptr();
+  args.small = small.const_data_ptr();
+  args.bias = pointer(bias);
+  args.addend = pointer(addend);
+  args.out = out.mutable_data_ptr();
+  args.M = call.M;
+  args.N = call.N;
+  args.r = call.r;
+  args.seed = host_seed(seed);
+  args.threshold = call.dropout.threshold;
+  args.small_dtype = call.small_dtype;
+  args.bias_dtype = call.bias_dtype;
+  args.out_dtype = call.out_dtype;
+
+  const auto kernel = DK_AT_LEVEL(up_expansion);
+  torch::stable::parallel_for(0, args.units(), 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = scratch_floats(args.scratch_floats());
+    kernel(args, begin, end, scratch.get());
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace decomp_kernels
+
+STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
+  m.def("up_expansion(Tensor v, Tensor small, Tensor? bias, Tensor? addend, Tensor? seed, "
+        "float dropout, ScalarType dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {
+  m.impl("up_expansion", TORCH_BOX(&decomp_kernels::up_expansion));
+}

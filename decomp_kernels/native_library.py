@@ -1,0 +1,93 @@
+"""The native library of csrc/: what was built of it, and loading it on first use.
+
+Loaded, it registers its operators in the namespace decomp_kernels_native.
+"""
+
+import json
+import re
+import sysconfig
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_FOLDER = Path(__file__).parent / "kernels" / "native"
+PATH = _FOLDER / "libdecomp_kernels_native.so"
+
+
+@cache
+def why_not_loaded() -> str | None:
+    """None where the library is loaded; else what is missing."""
+    if not PATH.exists():
+        why = missing().get("host kernels", "pip install --no-build-isolation . builds it")
+        return f"the native library was not built ({why})"
+    try:
+        torch.ops.load_library(str(PATH))
+    except OSError as error:
+        return f"the native library does not load: {error}"
+    return None
+
+
+@cache
+def record() -> dict[str, Any]:
+    """What setup.py wrote: which parts it built, and why not the others."""
+    path = _FOLDER / "build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def missing() -> dict[str, str]:
+    """Part: why it was not built."""
+    return record().get("missing", {})
+
+
+def why_not_on_gpu(capability: tuple[int, int]) -> str | None:
+    """Why there is no code for a GPU of this compute capability; None where there is."""
+    archs: list[str] = record().get("cuda_archs", [])
+    if not archs:
+        return f"it holds no device kernels ({missing().get('device kernels', 'not built')})"
+    major, minor = capability
+    for arch in archs:
+        digits = re.sub(r"\D", "", arch)
+        built = int(digits[:-1]), int(digits[-1])
+        exact = arch.endswith("a")  # such code runs on that GPU alone
+        later = built <= capability and (built[0] == major or arch.endswith("+PTX"))
+        if built == capability or (later and not exact):
+            return None
+    return f"it was built for {', '.join(archs)} and this GPU is sm_{major}{minor}"
+
+
+@cache
+def cpu_level() -> str | None:
+    """The instruction set that host kernels use here, as csrc/cpu/levels.h names it."""
+    return None if why_not_loaded() else str(ops().cpu_level())
+
+
+def set_cpu_level(name: str) -> None:
+    """Take a lower instruction set, or the best again; RuntimeError where there is none such."""
+    ops().set_cpu_level(name)
+    cpu_level.cache_clear()
+
+
+def ops() -> Any:
+    """The operators; RuntimeError where the library cannot be loaded."""
+    if why := why_not_loaded():
+        raise RuntimeError(why)
+    return torch.ops.decomp_kernels_native
+
+
+def build_info() -> dict[str, str] | None:
+    """Compiler, architectures, CUTLASS, interface target; None where the module is not there.
+
+    The module is for one version of Python, the library for all.
+    """
+    path = _FOLDER / f"build_info{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not path.exists():
+        return None
+    spec = spec_from_file_location("build_info", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.build_info()
