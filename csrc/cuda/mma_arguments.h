@@ -8,7 +8,7 @@
 //
 // Scale and the kept fraction are the caller's to put into v and dt.  Matrices have one dtype, bf16
 // or fp16, columns beside each other and any stride between rows; vectors may be float32.  Null is
-// "not there".  Definition: decomp_kernels/reference/decomposed_linear.py.
+// "not there"; an output overlaps nothing else.  Definition: decomp_kernels/reference/decomposed_linear.py.
 
 #pragma once
 

@@ -1,6 +1,7 @@
 """csrc/cuda/mma_gemm: the kernels' own source, on the host, against the definition in float64."""
 
 import ctypes
+import random
 import re
 import shutil
 import subprocess
@@ -191,6 +192,24 @@ def test_what_is_refused_says_why(library):
     assert "threshold" in refusal(library, too_high)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("case", range(60))
+def test_random_sizes_and_options(watched, case):
+    draw = random.Random(case)
+    sizes = tuple(draw.choice([draw.randint(1, 40), draw.randint(1, 300)]) for _ in range(3))
+    pad = draw.choice([checks.even_rows, lambda cols: 0, lambda cols: 3, lambda cols: 8 - cols % 8])
+    options = {
+        "dtype": draw.choice(list(checks.DTYPES)), "sizes": sizes, "r": draw.randint(0, 100),
+        "tile": draw.choice(list(TILES)), "order": draw.randint(0, 9), "padding": pad,
+        "shift": draw.choice([0, 0, 1, 3]), "vectors": draw.choice([torch.float32, None]),
+    }  # fmt: skip
+    options["vectors"] = options["vectors"] or checks.DTYPES[options["dtype"]][0]
+    terms = draw.sample(FORWARD_TERMS, draw.randint(0, 4))
+    forward(watched, terms=tuple(terms), **options)
+    gradients = draw.choice([("d_x",), ("d_in_scale",), GRADIENT_TERMS])
+    input_gradient(watched, terms=gradients, dropping=draw.random() < 0.5, **options)
+
+
 def test_the_copy_without_a_bug_passes(tmp_path):
     mutants.run(mutants.library(tmp_path, None))
 
@@ -229,4 +248,4 @@ def test_every_instance_compiles_without_spills(arch, tmp_path):
         "m16n8k16.row.col.f32.f16",
     ):  # fmt: skip
         assert instruction in ptx
-    assert "atom." not in ptx and "red." not in ptx
+    assert not re.search(r"^\s*(@\S+\s+)?(atom|red)\.", ptx, re.MULTILINE)
