@@ -47,16 +47,14 @@ struct Pair {
   float a, b;
 };
 
-// Elements col and col + 1 of a row, zero from ``cols`` on.  col is even and the row starts at a
-// multiple of two elements, so that both are one load.
+// Elements col and col + 1 of a row, zero from ``cols`` on.  col and cols are even and the row starts
+// at a multiple of two elements, so that both are one load.
 template <typename T>
 DK_HOST_DEVICE Pair pair_at(const T* row, int col, int cols) {
-  if (col + 1 < cols) {
-    T both[2];
-    memcpy(both, __builtin_assume_aligned(row + col, sizeof both), sizeof both);
-    return {to_float(both[0]), to_float(both[1])};
-  }
-  return {col < cols ? to_float(row[col]) : 0.0f, 0.0f};
+  if (col >= cols) return {0.0f, 0.0f};
+  T both[2];
+  memcpy(both, __builtin_assume_aligned(row + col, sizeof both), sizeof both);
+  return {to_float(both[0]), to_float(both[1])};
 }
 
 // Null pointers stand for terms that are not there.  T: what x, y and the addend are made of.

@@ -18,7 +18,7 @@ inline constexpr int kGroupRows = 64;  // rows of the accumulator of a warpgroup
 inline constexpr int kConsumers = 2;   // warpgroups that compute; a third one fetches
 inline constexpr int kChunkCols = 64;  // columns that leave together: 128 bytes, one swizzled row
 inline constexpr int kSharedLimit = 232448;  // bytes a block may ask for on sm_90
-inline constexpr int kSharedSpare = 2048;    // barriers, and the alignment of what follows them
+inline constexpr int kSharedSpare = 1024;    // of them for the barriers
 
 enum class Schedule : int { kPingPong, kCooperative };
 enum class HopperOp : int { kForward, kInputGradient };

@@ -87,12 +87,13 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_kernel(
   using Shared = HopperShared<T, tile>;
   using Ring = typename Product<T, tile>::Ring;
   using Cluster = cute::Shape<cute::Int<tile.cluster>, cute::_1, cute::_1>;
-  static_assert(sizeof(Shared) + 1024 <= tile.shared_bytes());
+  static_assert(sizeof(Shared) <= tile.shared_bytes());
   static_assert(tile.shared_bytes() <= kSharedLimit);
 
-  extern __shared__ char raw[];
-  const uint32_t misplaced = cute::cast_smem_ptr_to_uint(raw) % 1024;
-  Shared& shared = *reinterpret_cast<Shared*>(raw + (misplaced ? 1024 - misplaced : 0));
+  // The swizzle is of addresses, so what is swizzled starts at a multiple of 1024 bytes.
+  extern __shared__ __align__(1024) char raw[];
+  if (cute::cast_smem_ptr_to_uint(raw) % 1024 != 0) __trap();
+  Shared& shared = *reinterpret_cast<Shared*>(raw);
 
   const int group = cutlass::canonical_warp_group_idx(), thread = threadIdx.x % 128;
   const int consumer = group - 1;

@@ -107,9 +107,13 @@ struct Product {
     CUTLASS_PRAGMA_NO_UNROLL
     for (int first = 0; first < loop.rank; first += kDepth) {
       begin(acc);
+      multiply(f, acc, 0);
       const int blocks = loop.small_blocks(first);
       CUTLASS_PRAGMA_NO_UNROLL
-      for (int block = 0; block < blocks; ++block) multiply(f, acc, block);
+      for (int block = 1; block < blocks; ++block) {
+        cute::warpgroup_arrive();  // asked for at the head of every loop of these instructions
+        multiply(f, acc, block);
+      }
       finish(acc);
     }
   }
