@@ -106,7 +106,7 @@ inline const char* why_not(const HopperInputGradientArgs& a, int arch) {
       {a.down, a.K, a.down_stride}, {a.x, a.K, a.x_stride},           {a.d_x, a.K, a.d_x_stride},
   };
   const char* reason = hopper_detail::why_not(
-      arch, a.dtype, a.shape, rows, {a.in_scale, a.d_in_scale}, a.M, a.K, a.N, a.r,
+      arch, a.dtype, a.shape, rows, {a.in_scale}, a.M, a.K, a.N, a.r,
       a.dt != nullptr && a.down != nullptr);
   if (reason != nullptr) return reason;
   const bool words_in_rows = a.seed == nullptr || a.K % 4 == 0;
@@ -121,9 +121,9 @@ inline const char* why_not(const HopperInputGradientArgs& a, int arch) {
 // The shape of tile for D [rows, cols] on so many processors.  A model, not a measurement: the
 // fullest processor's clocks, where a tile's step takes what multiplying it does (4096 operations a
 // clock, in dense bf16) or what fetching it does (32 bytes a clock of L2), and a cooperative tile's
-// end, with the drawing of a mask, is not hidden behind the other warpgroup's products.
+// end is not hidden behind the other warpgroup's products.
 inline int choose_shape(
-    HopperOp op, int64_t rows, int64_t cols, int64_t inner, bool masked, int device_sms) {
+    HopperOp op, int64_t rows, int64_t cols, int64_t inner, int device_sms) {
   int best = 0;
   double best_clocks = 0.0;
   for (int shape = 0; shape < kHopperShapes; ++shape) {
@@ -133,10 +133,8 @@ inline int choose_shape(
     const double elements = double(tile.rows()) * tile.cols;
     const double multiply = elements * kDepth / 2048.0;
     const double fetch = 2.0 * kDepth * (tile.rows() + double(tile.cols) / tile.cluster) / 32.0;
-    const double end = elements / 16.0 * (masked ? 2.0 : 1.0);
-    const double shown = tile.ping_pong() ? end / double(tiles) : end;
-    const double clocks =
-        double(tiles) * (double(steps_of(int(inner))) * std::max(multiply, fetch) + shown);
+    const double end = elements / 16.0 * (tile.ping_pong() ? 1.0 : double(tiles));
+    const double clocks = double(tiles * steps_of(int(inner))) * std::max(multiply, fetch) + end;
     if (shape == 0 || clocks < best_clocks) best = shape, best_clocks = clocks;
   }
   return best;

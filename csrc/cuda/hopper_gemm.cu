@@ -52,9 +52,8 @@ cudaError_t make_maps(const Operands& t, Dtype dtype, HopperMaps& maps) {
   return cudaSuccess;
 }
 
-int shape_of(
-    HopperOp op, int shape, int64_t rows, int64_t cols, int64_t inner, bool masked, int sms) {
-  return shape == kChooseShape ? choose_shape(op, rows, cols, inner, masked, sms) : shape;
+int shape_of(HopperOp op, int shape, int64_t rows, int64_t cols, int64_t inner, int sms) {
+  return shape == kChooseShape ? choose_shape(op, rows, cols, inner, sms) : shape;
 }
 
 }  // namespace
@@ -70,8 +69,7 @@ size_t workspace_bytes(const HopperInputGradientArgs& a) {
 cudaError_t launch(
     const HopperForwardArgs& a, void* /*workspace*/, int device_sms, cudaStream_t stream) {
   if (a.M == 0 || a.N == 0) return cudaSuccess;
-  const int shape =
-      shape_of(HopperOp::kForward, a.shape, a.M, a.N, a.K, false, device_sms);
+  const int shape = shape_of(HopperOp::kForward, a.shape, a.M, a.N, a.K, device_sms);
   const HopperTile tile = hopper_tile(HopperOp::kForward, shape);
   const HopperLaunch instance = hopper_launches[hopper_instance(tile.op, a.dtype, shape)];
   if (instance == nullptr) return cudaErrorNotSupported;
@@ -101,9 +99,7 @@ cudaError_t launch(
     return summed ? cudaMemsetAsync(a.d_in_scale, 0, size_t(a.K) * sizeof(float), stream)
                   : cudaSuccess;
   if (a.d_x == nullptr && !summed) return cudaSuccess;
-  const bool masked = a.seed != nullptr && a.r > 0;
-  const int shape =
-      shape_of(HopperOp::kInputGradient, a.shape, a.M, a.K, a.N, masked, device_sms);
+  const int shape = shape_of(HopperOp::kInputGradient, a.shape, a.M, a.K, a.N, device_sms);
   const HopperTile tile = hopper_tile(HopperOp::kInputGradient, shape);
   const HopperLaunch instance = hopper_launches[hopper_instance(tile.op, a.dtype, shape)];
   if (instance == nullptr) return cudaErrorNotSupported;

@@ -11,6 +11,7 @@
 
 #include <cutlass/arch/reg_reconfig.h>
 
+#include "../common/hopper_mask.h"
 #include "hopper_problem.h"
 #include "hopper_product.cuh"
 #include "hopper_store.cuh"
@@ -64,16 +65,15 @@ CUTLASS_DEVICE void fetch(
 }
 
 // The mask on the accumulator of the small product alone.
-template <HopperTile tile, class Accumulator>
-CUTLASS_DEVICE void drop(Accumulator& acc, const uint32_t (&bits)[tile.cols / 64], int thread) {
-  constexpr int registers = 4 * kMaskBlocks;
+template <int kParts, class Accumulator>
+CUTLASS_DEVICE void drop(Accumulator& acc, const MaskDraw<kParts>& mask, int thread) {
   CUTLASS_PRAGMA_UNROLL
-  for (int part = 0; part < tile.cols / 64; ++part) {
-    const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, bits[part], 1);
+  for (int part = 0; part < kParts; ++part) {
+    const uint32_t mine = mask.bits[part], other = __shfl_xor_sync(0xFFFFFFFFu, mine, 1);
     CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < registers; ++i) {
-      const bool kept = register_kept(bits[part], other, thread, i);
-      acc(part * registers + i) = kept ? acc(part * registers + i) : 0.0f;
+    for (int i = 0; i < kMaskRegisters; ++i) {
+      float& held = acc(part * kMaskRegisters + i);
+      held = register_kept(mine, other, thread, i) ? held : 0.0f;
     }
   }
 }
@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_kernel(
     const __grid_constant__ HopperMaps maps,
     const __grid_constant__ HopperProblem<instance_tile(kInstance).op> problem) {
   constexpr HopperTile tile = instance_tile(kInstance);
+  constexpr bool small_first = tile.small_first();
   using T = std::conditional_t<instance_dtype(kInstance) == Dtype::kHalf, fp16, bf16>;
   using Shared = HopperShared<T, tile>;
   using Ring = typename Product<T, tile>::Ring;
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_kernel(
   const int rank_in_cluster = tile.cluster == 1 ? 0 : int(cute::block_rank_in_cluster());
   const int clusters = gridDim.x / tile.cluster, cluster_index = blockIdx.x / tile.cluster;
   const int units = int(problem.grid.units());
-  const RankLoop loop{problem.inner, problem.rank, tile.small_first()};
+  const RankLoop loop{problem.inner, problem.rank, small_first};
 
   typename Ring::Params ring_params;
   ring_params.role =
@@ -141,43 +142,52 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_kernel(
   if (tile.ping_pong() && consumer == 1) product.skip(loop.steps());
   auto fragments = product.fragments(shared, consumer);
   Store<T, tile> store{shared.staged[consumer], thread, consumer};
-  const bool masked = tile.small_first() && problem.seed != nullptr && problem.rank > 0;
+  const bool masked = small_first && problem.seed != nullptr && problem.rank > 0;
   const uint64_t seed = masked ? uint64_t(*problem.seed) : 0;
 
   const UnitWalk walk = unit_walk(tile, cluster_index, clusters, consumer);
-  for (int unit = walk.first; unit < units; unit += walk.step) {
+  const auto first_of = [&](int unit) {  // the first element of this warpgroup's part
     const TilePlace place = problem.grid.place(unit);
-    const int first_row =
-        tile_first_row(tile, place, rank_in_cluster) + consumer_row(tile, consumer);
-    const int first_col = place.col_tile * tile.cols;
+    return decomp_kernels::Element{
+        tile_first_row(tile, place, rank_in_cluster) + consumer_row(tile, consumer),
+        place.col_tile * tile.cols};
+  };
+  MaskDraw<tile.cols / kChunkCols> mask;
+  mask.left = 0;
+  const auto begin_mask = [&](int unit) {
+    const decomp_kernels::Element first = first_of(unit);
+    mask.begin(problem.cols, first.row, first.col, thread);
+  };
+  if (masked && walk.first < units) begin_mask(walk.first);
+
+  for (int unit = walk.first; unit < units; unit += walk.step) {
+    const decomp_kernels::Element first = first_of(unit);
     auto acc = product.accumulator();
     cute::clear(acc);
 
-    if constexpr (tile.small_first()) {
-      // Drawing needs no operand: in ping-pong it goes on while the other warpgroup multiplies.
-      uint32_t bits[tile.cols / 64];
-      if (masked) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int part = 0; part < tile.cols / 64; ++part)
-          bits[part] = drawn_bits(seed, problem.threshold, problem.cols, first_row, first_col,
-                                  thread, part * kMaskBlocks);
-      }
+    if constexpr (small_first) {
+      if (masked) mask.finish(seed, problem.threshold);
       product.small(fragments, acc, loop);
       product.drain(acc);
-      if (masked) drop<tile>(acc, bits, thread);
+      if (masked) {
+        drop(acc, mask, thread);
+        if (unit + walk.step < units) begin_mask(unit + walk.step);
+      }
     }
     if constexpr (tile.ping_pong()) order.wait();
-    product.base(fragments, acc, loop.base_steps());
-    if constexpr (!tile.small_first()) product.small(fragments, acc, loop);
+    product.base(fragments, acc, loop.base_steps(), [&] {
+      if constexpr (small_first) mask.step(seed, problem.threshold);
+    });
+    if constexpr (!small_first) product.small(fragments, acc, loop);
     if constexpr (tile.ping_pong()) order.arrive();
     product.drain(acc);
     if constexpr (tile.ping_pong()) product.skip(loop.steps());
 
     if constexpr (tile.op == HopperOp::kForward)
-      store_forward(store, problem.end, maps.out, maps.z, acc, first_row, first_col);
+      store_forward(store, problem.end, maps.out, maps.z, acc, first.row, first.col);
     else
-      store_gradient(store, problem.end, maps.out, shared.sums[consumer], acc, first_row,
-                     first_col);
+      store_gradient(store, problem.end, maps.out, shared.sums[consumer], acc, first.row,
+                     first.col);
   }
   store.finish();
 }

@@ -14,7 +14,6 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "../common/hopper_epilogue.h"
-#include "../common/hopper_mask.h"
 
 namespace decomp_kernels::cuda {
 
@@ -89,14 +88,17 @@ struct Product {
 
   CUTLASS_DEVICE explicit Product(Ring& ring) : ring(ring) {}
 
-  // acc += left right over ``steps`` stages, each of kStageBlocks blocks.
-  template <class Fragments, class Accumulator>
-  CUTLASS_DEVICE void base(Fragments& f, Accumulator& acc, int steps) {
+  // acc += left right over ``steps`` stages.  meanwhile() runs with a stage's products in flight.
+  template <class Fragments, class Accumulator, class Meanwhile>
+  CUTLASS_DEVICE void base(Fragments& f, Accumulator& acc, int steps, Meanwhile meanwhile) {
     CUTLASS_PRAGMA_NO_UNROLL
     for (int step = 0; step < steps; ++step) {
       begin(acc);
+      cute::warpgroup_arrive();
       CUTLASS_PRAGMA_UNROLL
       for (int block = 0; block < kStageBlocks; ++block) multiply(f, acc, block);
+      cute::warpgroup_commit_batch();
+      meanwhile();
       finish(acc);
     }
   }
@@ -107,12 +109,12 @@ struct Product {
     CUTLASS_PRAGMA_NO_UNROLL
     for (int first = 0; first < loop.rank; first += kDepth) {
       begin(acc);
-      multiply(f, acc, 0);
       const int blocks = loop.small_blocks(first);
       CUTLASS_PRAGMA_NO_UNROLL
-      for (int block = 1; block < blocks; ++block) {
-        cute::warpgroup_arrive();  // asked for at the head of every loop of these instructions
+      for (int block = 0; block < blocks; ++block) {
+        cute::warpgroup_arrive();
         multiply(f, acc, block);
+        cute::warpgroup_commit_batch();
       }
       finish(acc);
     }
@@ -155,7 +157,6 @@ struct Product {
   CUTLASS_DEVICE void begin(Accumulator& acc) {
     ring.consumer_wait(read, ring.consumer_try_wait(read));
     cute::warpgroup_fence_operand(acc);
-    cute::warpgroup_arrive();
   }
 
   template <class Fragments, class Accumulator>
@@ -169,8 +170,7 @@ struct Product {
 
   template <class Accumulator>
   CUTLASS_DEVICE void finish(Accumulator& acc) {
-    cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<1>();  // the stage before this one is done
+    cute::warpgroup_wait<1>();  // all but this stage's last products, so the stage before it
     cute::warpgroup_fence_operand(acc);
     if (in_flight) {
       ring.consumer_release(release);

@@ -186,9 +186,9 @@ std::vector<Pair> chunk_pairs(Accumulator& acc, int chunk, int first_row, int fi
   return pairs;
 }
 
-// f(accumulator, first_row, first_col) for each warpgroup's part of each tile.
-template <typename T, class Finish>
-void walk(
+// finish(accumulator, first_row, first_col) for each warpgroup's part of each tile.
+template <typename T, int kParts, class Finish>
+void walk_parts(
     const HopperTile& tile, const Operands& operands, int64_t rows, int64_t cols,
     const RankLoop& loop, const int64_t* seed, uint32_t threshold, int device_sms, Finish finish) {
   require(tile.shared_bytes() <= kSharedLimit && tile.stages() >= 2, kSharedTooLarge);
@@ -204,11 +204,22 @@ void walk(
     for (int consumer = 0; consumer < kConsumers; ++consumer) {
       const UnitWalk mine = unit_walk(tile, cluster, clusters, consumer);
       int place_in_ring = tile.ping_pong() && consumer == 1 ? loop.steps() : 0;
-      for (int unit = mine.first; unit < units; unit += mine.step) {
+      const auto first_of = [&](int unit) {
         const TilePlace place = grid.place(unit);
-        const int first_row =
-            tile_first_row(tile, place, rank_in_cluster) + consumer_row(tile, consumer);
-        const int first_col = place.col_tile * tile.cols;
+        return Element{tile_first_row(tile, place, rank_in_cluster) + consumer_row(tile, consumer),
+                       place.col_tile * tile.cols};
+      };
+      const bool masked = tile.small_first() && seed != nullptr && loop.rank > 0;
+      std::vector<MaskDraw<kParts>> masks(128);
+      const auto begin_masks = [&](int unit) {
+        const Element first = first_of(unit);
+        for (int thread = 0; thread < 128; ++thread)
+          masks[thread].begin(cols, first.row, first.col, thread);
+      };
+      if (masked && mine.first < units) begin_masks(mine.first);
+
+      for (int unit = mine.first; unit < units; unit += mine.step) {
+        const auto [first_row, first_col] = first_of(unit);
         const size_t turn = place_in_ring / loop.steps();
         require(turn < order.size() && order[turn] == unit, kTurn);
         Accumulator acc(tile.cols);
@@ -225,20 +236,22 @@ void walk(
         };
         if (tile.small_first()) {
           small();
-          if (seed != nullptr && loop.rank > 0)
+          if (masked) {
+            for (auto& mask : masks) mask.finish(uint64_t(*seed), threshold);
             for (int thread = 0; thread < 128; ++thread)
-              for (int part = 0; part < tile.cols / 64; ++part) {
-                const auto drawn = [&](int of) {
-                  return drawn_bits(uint64_t(*seed), threshold, cols, first_row, first_col, of,
-                                    part * kMaskBlocks);
-                };
-                const uint32_t own = drawn(thread), other = drawn(thread ^ 1);
-                for (int i = 0; i < 4 * kMaskBlocks; ++i)
-                  if (!register_kept(own, other, thread, i))
-                    acc.at(thread, part * 4 * kMaskBlocks + i) = 0.0f;
-              }
+              for (int part = 0; part < tile.cols / kChunkCols; ++part)
+                for (int i = 0; i < kMaskRegisters; ++i)
+                  if (!register_kept(masks[thread].bits[part], masks[thread ^ 1].bits[part], thread,
+                                     i))
+                    acc.at(thread, part * kMaskRegisters + i) = 0.0f;
+            if (unit + mine.step < units) begin_masks(unit + mine.step);
+          }
         }
-        for (int step = 0; step < loop.base_steps(); ++step) next_stage(kStageBlocks);
+        for (int step = 0; step < loop.base_steps(); ++step) {
+          next_stage(kStageBlocks);
+          if (masked)
+            for (auto& mask : masks) mask.step(uint64_t(*seed), threshold);
+        }
         if (!tile.small_first()) small();
         if (tile.ping_pong()) place_in_ring += loop.steps();
 
@@ -246,6 +259,11 @@ void walk(
       }
     }
   }
+}
+
+template <typename T, class... Rest>
+void walk(const HopperTile& tile, const Rest&... rest) {
+  tile.cols == 128 ? walk_parts<T, 2>(tile, rest...) : walk_parts<T, 4>(tile, rest...);
 }
 
 template <typename T>
@@ -361,8 +379,8 @@ int hopper_input_gradient(const HopperInputGradientArgs* a, int device_sms) {
   });
 }
 
-int hopper_choose_shape(int op, int64_t rows, int64_t cols, int64_t inner, int masked, int sms) {
-  return choose_shape(HopperOp(op), rows, cols, inner, masked, sms);
+int hopper_choose_shape(int op, int64_t rows, int64_t cols, int64_t inner, int sms) {
+  return choose_shape(HopperOp(op), rows, cols, inner, sms);
 }
 
 // rows, cols, cluster, stages and bytes of shared memory of an instance's tile, and its type.

@@ -141,12 +141,12 @@ def test_input_gradient_refuses(library, reason, change):
 
 
 def test_choice_of_shape(library):
-    def chosen(rows, cols, masked=0):
-        return library.hopper_choose_shape(host.FORWARD, rows, cols, 4096, masked, 132)
+    def chosen(rows, cols):
+        return library.hopper_choose_shape(host.FORWARD, rows, cols, 4096, 132)
 
-    assert chosen(16, 4096) == host.SHAPES["ping-pong 64x128"]  # little to share, few tiles
-    assert chosen(8192, 4096) in (1, 3)  # wide: the operands' traffic would be the limit
-    assert chosen(8192, 4096, masked=1) == host.SHAPES["ping-pong 64x256"]  # drawing is hidden
+    small, large = host.SHAPES["ping-pong 64x128"], host.SHAPES["cooperative 128x256"]
+    assert chosen(16, 4096) == chosen(512, 1024) == small  # fewer tiles than processors
+    assert chosen(8192, 4096) == chosen(8192, 14336) == large  # the fewest bytes for each product
 
 
 MUTANTS = {
@@ -178,9 +178,12 @@ MUTANTS = {
     "the matrix stores' columns": ("hopper_epilogue.h", "matrix / 2 * 8);", "matrix % 2 * 8);"),
     "the row of partial sums": ("hopper_epilogue.h", "return first_row / kGroupRows",
                                 "return first_row / kGroupRows / 2"),
-    "the mask's row": ("hopper_mask.h", "uint64_t(first_row + mine.row)", "uint64_t(mine.row)"),
+    "the mask's row": ("hopper_mask.h", "uint64_t(first_row + mine.row) ", "uint64_t(mine.row) "),
     "the mask's column": ("hopper_mask.h", "first_col + mine.col / 4 * 4", "mine.col / 4 * 4"),
     "the mask's exchange": ("hopper_mask.h", "lower == odd ? mine", "lower ? mine"),
+    "the mask's order": ("hopper_mask.h", "above << 28", "above << 24"),
+    "a word of the mask too few": ("hopper_mask.h", "left = kParts * kMaskBlocks",
+                                       "left = kParts * kMaskBlocks - 1"),
     "the addend's row stride": ("hopper_epilogue.h", "row * addend_stride", "row * cols"),
     "bias before out_scale": ("hopper_epilogue.h", "z = {z.a * s.a, z.b * s.b};",
                               "z = {z.a * s.a, z.b * s.a};"),
@@ -196,7 +199,7 @@ def test_planted_defects_are_seen(tmp_path, defect):
     text = (tmp_path / "common" / header).read_text()
     assert text.count(old) == 1
     (tmp_path / "common" / header).write_text(text.replace(old, new))
-    library = host.build(tmp_path, tmp_path / "common")
+    library = host.build(tmp_path, tmp_path / "common", "-w")
     with pytest.raises(AssertionError):
         for shape in host.SHAPES.values():
             ends = ("addend", "out_scale", "bias", "z")
