@@ -43,7 +43,9 @@ struct HopperInputGradientArgs {
 
 namespace hopper_detail {
 
-inline bool starts_at(const void* p, int bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+inline bool starts_at(const void* p, int bytes) {
+  return reinterpret_cast<uintptr_t>(p) % bytes == 0;
+}
 
 // Rows of ``length`` that the copy engine, and pairs of elements, are read by.  Null is fine.
 struct Rows {
@@ -118,15 +120,18 @@ inline const char* why_not(const HopperInputGradientArgs& a, int arch) {
   return nullptr;
 }
 
-// The shape of tile for D [rows, cols] on so many processors.  A model, not a measurement: the
-// fullest processor's clocks, where a tile's step takes what multiplying it does (4096 operations a
-// clock, in dense bf16) or what fetching it does (32 bytes a clock of L2), and a cooperative tile's
-// end is not hidden behind the other warpgroup's products.
+// The shape of tile for D [rows, cols] on so many processors, of those with a bit set in ``linked``
+// (kChooseShape: there is none).  A model, not a measurement: the fullest processor's clocks, where
+// a tile's step takes what multiplying it does (4096 operations a clock, in dense bf16) or what
+// fetching it does (32 bytes a clock of L2), and a cooperative tile's end is not hidden behind the
+// other warpgroup's products.
 inline int choose_shape(
-    HopperOp op, int64_t rows, int64_t cols, int64_t inner, int device_sms) {
-  int best = 0;
+    HopperOp op, int64_t rows, int64_t cols, int64_t inner, int device_sms,
+    unsigned linked = ~0u) {
+  int best = kChooseShape;
   double best_clocks = 0.0;
   for (int shape = 0; shape < kHopperShapes; ++shape) {
+    if (!(linked >> shape & 1)) continue;
     const HopperTile tile = hopper_tile(op, shape);
     const int64_t clusters = std::max(device_sms / tile.cluster, 1);
     const int64_t tiles = (tile_grid(tile, rows, cols).units() + clusters - 1) / clusters;
@@ -135,7 +140,7 @@ inline int choose_shape(
     const double fetch = 2.0 * kDepth * (tile.rows() + double(tile.cols) / tile.cluster) / 32.0;
     const double end = elements / 16.0 * (tile.ping_pong() ? 1.0 : double(tiles));
     const double clocks = double(tiles * steps_of(int(inner))) * std::max(multiply, fetch) + end;
-    if (shape == 0 || clocks < best_clocks) best = shape, best_clocks = clocks;
+    if (best == kChooseShape || clocks < best_clocks) best = shape, best_clocks = clocks;
   }
   return best;
 }

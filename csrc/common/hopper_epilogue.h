@@ -1,5 +1,5 @@
-// From the accumulator's registers to the output: which element each register holds, what becomes of
-// it, where it waits in shared memory, and where column sums go.
+// From the accumulator's registers to the output: which element each register holds, what becomes
+// of it, where it waits in shared memory, and where column sums go.
 //
 //     forward           z = acc + addend    y = out_scale * z + bias
 //     input gradient    dX = acc            d_x = in_scale * dX          d_in_scale = sum_m x * dX
@@ -47,8 +47,8 @@ struct Pair {
   float a, b;
 };
 
-// Elements col and col + 1 of a row, zero from ``cols`` on.  col and cols are even and the row starts
-// at a multiple of two elements, so that both are one load.
+// Elements col and col + 1 of a row, zero from ``cols`` on.  col and cols are even and the row
+// starts at a multiple of two elements, so that both are one load.
 template <typename T>
 DK_HOST_DEVICE Pair pair_at(const T* row, int col, int cols) {
   if (col >= cols) return {0.0f, 0.0f};

@@ -40,7 +40,9 @@ struct HopperTile {
   // Shared memory.  Wide tiles spend it on the ring, not on a second buffer to store from.
   DK_HOST_DEVICE constexpr int left_elements() const { return rows() * kDepth; }
   DK_HOST_DEVICE constexpr int right_elements() const { return cols * kDepth; }
-  DK_HOST_DEVICE constexpr int stage_bytes() const { return 2 * (left_elements() + right_elements()); }
+  DK_HOST_DEVICE constexpr int stage_bytes() const {
+    return 2 * (left_elements() + right_elements());
+  }
   DK_HOST_DEVICE constexpr int buffers() const { return cols > 128 ? 1 : 2; }
   DK_HOST_DEVICE constexpr int buffer_elements() const { return kGroupRows * kChunkCols; }
   DK_HOST_DEVICE constexpr int staging_bytes() const {

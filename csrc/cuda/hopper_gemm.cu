@@ -52,14 +52,21 @@ cudaError_t make_maps(const Operands& t, Dtype dtype, HopperMaps& maps) {
   return cudaSuccess;
 }
 
-int shape_of(HopperOp op, int shape, int64_t rows, int64_t cols, int64_t inner, int sms) {
-  return shape == kChooseShape ? choose_shape(op, rows, cols, inner, sms) : shape;
+// The shape asked for or chosen, if its instance is linked; kChooseShape if not.
+int shape_of(
+    HopperOp op, Dtype dtype, int asked, int64_t rows, int64_t cols, int64_t inner, int sms) {
+  const unsigned linked = hopper_linked(op, dtype);
+  if (asked == kChooseShape) return choose_shape(op, rows, cols, inner, sms, linked);
+  return linked >> asked & 1 ? asked : kChooseShape;
 }
 
 }  // namespace
 
-bool hopper_linked(HopperOp op, Dtype dtype, int shape) {
-  return hopper_launches[hopper_instance(op, dtype, shape)] != nullptr;
+unsigned hopper_linked(HopperOp op, Dtype dtype) {
+  unsigned shapes = 0;
+  for (int shape = 0; shape < kHopperShapes; ++shape)
+    shapes |= unsigned(hopper_launches[hopper_instance(op, dtype, shape)] != nullptr) << shape;
+  return shapes;
 }
 
 size_t workspace_bytes(const HopperInputGradientArgs& a) {
@@ -69,10 +76,10 @@ size_t workspace_bytes(const HopperInputGradientArgs& a) {
 cudaError_t launch(
     const HopperForwardArgs& a, void* /*workspace*/, int device_sms, cudaStream_t stream) {
   if (a.M == 0 || a.N == 0) return cudaSuccess;
-  const int shape = shape_of(HopperOp::kForward, a.shape, a.M, a.N, a.K, device_sms);
+  const int shape = shape_of(HopperOp::kForward, a.dtype, a.shape, a.M, a.N, a.K, device_sms);
+  if (shape == kChooseShape) return cudaErrorNotSupported;
   const HopperTile tile = hopper_tile(HopperOp::kForward, shape);
   const HopperLaunch instance = hopper_launches[hopper_instance(tile.op, a.dtype, shape)];
-  if (instance == nullptr) return cudaErrorNotSupported;
 
   HopperMaps maps{};
   const Operands operands{
@@ -99,10 +106,11 @@ cudaError_t launch(
     return summed ? cudaMemsetAsync(a.d_in_scale, 0, size_t(a.K) * sizeof(float), stream)
                   : cudaSuccess;
   if (a.d_x == nullptr && !summed) return cudaSuccess;
-  const int shape = shape_of(HopperOp::kInputGradient, a.shape, a.M, a.K, a.N, device_sms);
+  const int shape =
+      shape_of(HopperOp::kInputGradient, a.dtype, a.shape, a.M, a.K, a.N, device_sms);
+  if (shape == kChooseShape) return cudaErrorNotSupported;
   const HopperTile tile = hopper_tile(HopperOp::kInputGradient, shape);
   const HopperLaunch instance = hopper_launches[hopper_instance(tile.op, a.dtype, shape)];
-  if (instance == nullptr) return cudaErrorNotSupported;
 
   HopperMaps maps{};
   const Operands operands{

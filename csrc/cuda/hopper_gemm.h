@@ -22,13 +22,13 @@ namespace decomp_kernels::cuda {
 inline size_t workspace_bytes(const HopperForwardArgs&) { return 0; }
 size_t workspace_bytes(const HopperInputGradientArgs& args);
 
-// cudaErrorNotSupported: the driver cannot make tensor maps, or the instance is not linked in.
+// cudaErrorNotSupported: the driver cannot make tensor maps, or no instance for it is linked in.
 cudaError_t launch(
     const HopperForwardArgs& args, void* workspace, int device_sms, cudaStream_t stream);
 cudaError_t launch(
     const HopperInputGradientArgs& args, void* workspace, int device_sms, cudaStream_t stream);
 
-// Whether the library holds the instance for these.
-bool hopper_linked(HopperOp op, Dtype dtype, int shape);
+// The shapes whose instances the library holds, as bits; 0: the operation cannot run in this type.
+unsigned hopper_linked(HopperOp op, Dtype dtype);
 
 }  // namespace decomp_kernels::cuda

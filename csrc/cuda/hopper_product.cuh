@@ -1,4 +1,4 @@
-// One warpgroup's part of  D = left right + small_left small_right  on Hopper's matrix instructions.
+// A warpgroup's part of  D = left right + small_left small_right  on Hopper's matrix instructions.
 //
 //     left, small_left: 64 rows of a stage [rows, 64]    right, small_right: [cols, 64] of a stage
 //     acc: [64, cols] float32 in registers, cols / 2 of each of 128 threads
@@ -48,10 +48,12 @@ struct Product {
   using LeftLayout = decltype(cute::tile_to_shape(
       cute::GMMA::Layout_K_SW128_Atom<Element>{}, cute::Shape<Rows, Depth, Stages>{}));
   // The boxes of a right operand read by columns stand one after the other, 64 columns each.
-  using RightAtom = std::conditional_t<tile.right_by_cols(), cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                                       cute::GMMA::Layout_K_SW128_Atom<Element>>;
-  using RightOrder = std::conditional_t<tile.right_by_cols(), cute::Step<cute::_2, cute::_1, cute::_3>,
-                                        cute::Step<cute::_1, cute::_2, cute::_3>>;
+  using RightAtom = std::conditional_t<
+      tile.right_by_cols(), cute::GMMA::Layout_MN_SW128_Atom<Element>,
+      cute::GMMA::Layout_K_SW128_Atom<Element>>;
+  using RightOrder = std::conditional_t<
+      tile.right_by_cols(), cute::Step<cute::_2, cute::_1, cute::_3>,
+      cute::Step<cute::_1, cute::_2, cute::_3>>;
   using RightLayout = decltype(cute::tile_to_shape(
       RightAtom{}, cute::Shape<Cols, Depth, Stages>{}, RightOrder{}));
 

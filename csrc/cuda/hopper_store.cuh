@@ -1,5 +1,5 @@
 // From a warpgroup's accumulator [64, cols] to memory, in chunks of 64 columns:
-// float32 arithmetic in registers, one rounding, swizzled shared memory, one box of the copy engine.
+// float32 arithmetic in registers, one rounding, swizzled shared memory, a box of the copy engine.
 //
 // The copy engine drops what lies beyond D's extents, so edges need no masks here.
 // Which register is which element, and all arithmetic, is hopper_epilogue.h's.

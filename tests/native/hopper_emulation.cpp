@@ -65,7 +65,8 @@ void load_box(const TensorBox& t, int inner, int outer, Halves& shared, int offs
 struct Output {
   TensorBox tensor;
   std::vector<uint8_t> written;
-  explicit Output(const TensorBox& t) : tensor(t), written(t.base ? t.extent[0] * t.extent[1] : 0) {}
+  explicit Output(const TensorBox& t)
+      : tensor(t), written(t.base ? t.extent[0] * t.extent[1] : 0) {}
 
   void store(const Halves& staged, int inner, int outer) {
     for (int o = 0; o < tensor.box[1]; ++o)
@@ -361,7 +362,9 @@ int caught(F f) {
 
 extern "C" {
 
-const char* hopper_forward_why_not(const HopperForwardArgs* a, int arch) { return why_not(*a, arch); }
+const char* hopper_forward_why_not(const HopperForwardArgs* a, int arch) {
+  return why_not(*a, arch);
+}
 const char* hopper_input_gradient_why_not(const HopperInputGradientArgs* a, int arch) {
   return why_not(*a, arch);
 }
@@ -379,8 +382,9 @@ int hopper_input_gradient(const HopperInputGradientArgs* a, int device_sms) {
   });
 }
 
-int hopper_choose_shape(int op, int64_t rows, int64_t cols, int64_t inner, int sms) {
-  return choose_shape(HopperOp(op), rows, cols, inner, sms);
+int hopper_choose_shape(
+    int op, int64_t rows, int64_t cols, int64_t inner, int sms, unsigned linked) {
+  return choose_shape(HopperOp(op), rows, cols, inner, sms, linked);
 }
 
 // rows, cols, cluster, stages and bytes of shared memory of an instance's tile, and its type.

@@ -36,7 +36,12 @@ def build(folder: Path, headers: Path = COMMON, warnings: str = "-Werror") -> ct
     loaded = ctypes.CDLL(str(library))
     loaded.hopper_forward_why_not.restype = ctypes.c_char_p
     loaded.hopper_input_gradient_why_not.restype = ctypes.c_char_p
-    loaded.hopper_choose_shape.argtypes = [ctypes.c_int, *[ctypes.c_int64] * 3, ctypes.c_int]
+    loaded.hopper_choose_shape.argtypes = [
+        ctypes.c_int,
+        *[ctypes.c_int64] * 3,
+        ctypes.c_int,
+        ctypes.c_uint,
+    ]
     return loaded
 
 

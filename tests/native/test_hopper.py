@@ -90,7 +90,7 @@ def test_shared_memory_fits_and_hides_latency(library):
         op, rows, cols, cluster, stages, size, dtype = facts
         seen.add((op, rows, cols, cluster, dtype))
         assert size <= 232_448
-        assert stages >= 4  # as many as it takes to have loads under way while others are multiplied
+        assert stages >= 4  # loads are under way while others are multiplied
     assert len(seen) == 16
 
 
@@ -110,7 +110,7 @@ REFUSALS = {
 
 @pytest.mark.parametrize("reason", REFUSALS)
 def test_forward_refuses(library, reason):
-    given = {name: 4096 for name in ("x", "weight", "v", "up", "y", "out_scale", "bias")}
+    given = dict.fromkeys(("x", "weight", "v", "up", "y", "out_scale", "bias"), 4096)
     given |= {"M": 64, "N": 72, "K": 80, "r": 8, "dtype": 1, "shape": -1}
     given |= {f"{name}_stride": 80 for name in ("x", "weight", "v", "up", "y")}
     assert library.hopper_forward_why_not(ctypes.byref(host.ForwardArgs(**given)), 90) is None
@@ -131,7 +131,7 @@ def test_forward_refuses(library, reason):
 )
 def test_input_gradient_refuses(library, reason, change):
     names = ("g", "weight", "dt", "down", "seed", "x", "d_x", "d_in_scale")
-    given = {name: 4096 for name in names} | {"M": 64, "N": 72, "K": 80, "r": 8, "dtype": 2}
+    given = dict.fromkeys(names, 4096) | {"M": 64, "N": 72, "K": 80, "r": 8, "dtype": 2}
     given |= {f"{name}_stride": 80 for name in ("g", "weight", "dt", "down", "x", "d_x")}
     given |= {"shape": -1, "threshold": 6554}
     why_not = library.hopper_input_gradient_why_not
@@ -141,12 +141,14 @@ def test_input_gradient_refuses(library, reason, change):
 
 
 def test_choice_of_shape(library):
-    def chosen(rows, cols):
-        return library.hopper_choose_shape(host.FORWARD, rows, cols, 4096, 132)
+    def chosen(rows, cols, linked=0b1111):
+        return library.hopper_choose_shape(host.FORWARD, rows, cols, 4096, 132, linked)
 
     small, large = host.SHAPES["ping-pong 64x128"], host.SHAPES["cooperative 128x256"]
     assert chosen(16, 4096) == chosen(512, 1024) == small  # fewer tiles than processors
     assert chosen(8192, 4096) == chosen(8192, 14336) == large  # the fewest bytes for each product
+    assert chosen(16, 4096, linked=0b1000) == large  # of what the library holds
+    assert chosen(16, 4096, linked=0) == -1
 
 
 MUTANTS = {
