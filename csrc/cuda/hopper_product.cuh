@@ -3,15 +3,13 @@
 //     left, small_left: 64 rows of a stage [rows, 64]    right, small_right: [cols, 64] of a stage
 //     acc: [64, cols] float32 in registers, cols / 2 of each of 128 threads
 //
-// The operands come through a ring of stages in shared memory.  One stage's products are in flight
-// while the next is waited for; a stage goes back to who fetches once its products are done.
+// The operands stand in a ring of stages in shared memory (who waits for what: hopper_roles.h).
 
 #pragma once
 
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 #include <cutlass/numeric_types.h>
-#include <cutlass/pipeline/pipeline.hpp>
 
 #include "../common/hopper_epilogue.h"
 
@@ -31,8 +29,6 @@ struct MatrixElement<fp16> {
 template <typename T, HopperTile tile>
 struct Product {
   using Element = typename MatrixElement<T>::type;
-  using Ring = cutlass::PipelineTmaAsync<tile.stages()>;
-  using RingState = typename Ring::PipelineState;
 
   static constexpr auto kRightMajor =
       tile.right_by_cols() ? cute::GMMA::Major::MN : cute::GMMA::Major::K;
@@ -84,62 +80,6 @@ struct Product {
   }
   static_assert(registers_agree());
 
-  Ring& ring;
-  RingState read, release;  // the stage to multiply next, and the one to give back next
-  bool in_flight = false;
-
-  CUTLASS_DEVICE explicit Product(Ring& ring) : ring(ring) {}
-
-  // acc += left right over ``steps`` stages.  meanwhile() runs with a stage's products in flight.
-  template <class Fragments, class Accumulator, class Meanwhile>
-  CUTLASS_DEVICE void base(Fragments& f, Accumulator& acc, int steps, Meanwhile meanwhile) {
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int step = 0; step < steps; ++step) {
-      begin(acc);
-      cute::warpgroup_arrive();
-      CUTLASS_PRAGMA_UNROLL
-      for (int block = 0; block < kStageBlocks; ++block) multiply(f, acc, block);
-      cute::warpgroup_commit_batch();
-      meanwhile();
-      finish(acc);
-    }
-  }
-
-  // acc += small_left small_right: only as many blocks as the rank fills.
-  template <class Fragments, class Accumulator>
-  CUTLASS_DEVICE void small(Fragments& f, Accumulator& acc, const RankLoop& loop) {
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int first = 0; first < loop.rank; first += kDepth) {
-      begin(acc);
-      const int blocks = loop.small_blocks(first);
-      CUTLASS_PRAGMA_NO_UNROLL
-      for (int block = 0; block < blocks; ++block) {
-        cute::warpgroup_arrive();
-        multiply(f, acc, block);
-        cute::warpgroup_commit_batch();
-      }
-      finish(acc);
-    }
-  }
-
-  // Everything issued is in acc, and every stage read is given back.
-  template <class Accumulator>
-  CUTLASS_DEVICE void drain(Accumulator& acc) {
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(acc);
-    if (in_flight) {
-      ring.consumer_release(release);
-      ++release;
-    }
-    in_flight = false;
-  }
-
-  // Past the stages of a tile that the other warpgroup multiplies.
-  CUTLASS_DEVICE void skip(int steps) {
-    read.advance(steps);
-    release = read;
-  }
-
   template <class Storage>
   CUTLASS_DEVICE static auto fragments(Storage& storage, int consumer) {
     const auto left = cute::make_tensor(cute::make_smem_ptr(storage.left), LeftLayout{});
@@ -154,32 +94,13 @@ struct Product {
     return cute::partition_fragment_C(Mma{}, cute::Shape<Rows, Cols>{});
   }
 
- private:
-  template <class Accumulator>
-  CUTLASS_DEVICE void begin(Accumulator& acc) {
-    ring.consumer_wait(read, ring.consumer_try_wait(read));
-    cute::warpgroup_fence_operand(acc);
-  }
-
+  // acc += block ``block`` of a stage.
   template <class Fragments, class Accumulator>
-  CUTLASS_DEVICE void multiply(Fragments& f, Accumulator& acc, int block) {
+  CUTLASS_DEVICE static void multiply(Fragments& f, Accumulator& acc, int stage, int block) {
     using cute::_;
     Mma mma;
     mma.accumulate_ = cute::GMMA::ScaleOut::One;  // acc starts as zeros
-    cute::gemm(mma, cute::get<0>(f)(_, _, block, read.index()),
-               cute::get<1>(f)(_, _, block, read.index()), acc);
-  }
-
-  template <class Accumulator>
-  CUTLASS_DEVICE void finish(Accumulator& acc) {
-    cute::warpgroup_wait<1>();  // all but this stage's last products, so the stage before it
-    cute::warpgroup_fence_operand(acc);
-    if (in_flight) {
-      ring.consumer_release(release);
-      ++release;
-    }
-    in_flight = true;
-    ++read;
+    cute::gemm(mma, cute::get<0>(f)(_, _, block, stage), cute::get<1>(f)(_, _, block, stage), acc);
   }
 };
 
