@@ -163,7 +163,18 @@ def test_row_norm_differentiates(place):
     for one, other in zip(found["aten"], found["native:passes"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     start = row_norm(weight, down, torch.zeros_like(up), 0.7, impl="native:passes")
-    assert torch.equal(start, squared_rows(weight).sqrt())
+    torch.testing.assert_close(start, squared_rows(weight).sqrt(), rtol=1.2e-7, atol=0)
+
+
+def test_dora_starts_as_the_linear(place):
+    linear = nn.Linear(53, 37, bias=False)
+    if place[1] == "native:fused":
+        linear = linear.bfloat16()
+    layer = dk.DecomposedLinear(linear, dk.DoRA(r=4, impl=place[1]))
+    assert torch.equal(layer.adapters["default"].magnitude, row_norm(
+        linear.weight, *(layer.adapters["default"].get_parameter(n) for n in ("down", "up")),
+        impl=place[1],
+    ))
 
 
 @pytest.mark.parametrize("name", sorted(dk.methods()))

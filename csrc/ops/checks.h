@@ -68,7 +68,11 @@ class Checks {
 
   // One of the types that kernels take: float32, and bfloat16 or float16 where ``half`` says so.
   Dtype floating(const Tensor& t, const char* name, bool half) const {
-    switch (t.scalar_type()) {
+    return floating(t.scalar_type(), name, half);
+  }
+
+  Dtype floating(ScalarType dtype, const char* name, bool half) const {
+    switch (dtype) {
       case ScalarType::Float: return Dtype::kFloat;
       case ScalarType::BFloat16: return Dtype::kBFloat16;
       case ScalarType::Half:
@@ -76,7 +80,7 @@ class Checks {
         [[fallthrough]];
       default:
         that(false, name, " must be float32", half ? ", bfloat16 or float16" : " or bfloat16",
-             ", got ", torch::headeronly::toString(t.scalar_type()));
+             ", got ", torch::headeronly::toString(dtype));
         return Dtype::kFloat;
     }
   }

@@ -18,6 +18,12 @@
 #include "dropout.h"
 #include "scratch.h"
 
+#ifdef DK_CUDA
+#include "../cuda/column_walk.h"
+#include "../cuda/down_projection.h"
+#include "on_device.h"
+#endif
+
 namespace decomp_kernels {
 namespace {
 
@@ -38,13 +44,13 @@ struct Call {
     M = big.size(0);
     N = big.size(1);
     r = 0;
-    big_dtype = checks.floating(big, "big", false);
+    big_dtype = checks.floating(big, "big", checks.on_cuda());
     small_dtype = Dtype::kFloat;
     if (const OptionalTensor& small = right ? right : left) {
       const char* name = right ? "right" : "left";
       checks.tensor(*small, name, {right ? N : M, -1});
       r = small->size(1);
-      small_dtype = checks.floating(*small, name, false);
+      small_dtype = checks.floating(*small, name, checks.on_cuda());
     }
     if (right && left) {
       checks.tensor(*left, "left", {M, r});
@@ -134,6 +140,68 @@ Results column_walk(Tensor big, OptionalTensor right, OptionalTensor left, Optio
   return {u.sum(), c.sum(), p.sum(), s.sum(), scaled};
 }
 
+#ifdef DK_CUDA
+
+// The partial results of u may be more bytes than another read of big: then u is a projection of big
+// on right^T, which is small, and the walk does the rest.
+void project(const Tensor& big, const Tensor& right, Tensor& u, const Device& device) {
+  Tensor down = make(right, {right.size(1), right.size(0)}, right.scalar_type());
+  Tensor transposed = torch::stable::transpose(right, 0, 1);
+  torch::stable::copy_(down, transposed);
+  cuda::DownProjection args;
+  args.x = matrix(big);
+  args.down = matrix(down);
+  args.M = big.size(0), args.K = big.size(1), args.R = right.size(1);
+  args.t = output(u);
+  launch(args, big, device);
+}
+
+Results column_walk_cuda(Tensor big, OptionalTensor right, OptionalTensor left,
+                         OptionalTensor other, OptionalTensor scale, OptionalTensor seed,
+                         double dropout, bool column_sum, bool c_by_rank) {
+  const Call call(big, right, left, other, scale, seed, dropout);
+  const Device device("column_walk", big);
+  const int64_t M = call.M, N = call.N, r = call.r;
+  const auto floats = [&](bool asked, std::initializer_list<int64_t> shape) {
+    return asked ? make(big, shape, ScalarType::Float) : make(big, {0}, ScalarType::Float);
+  };
+  Tensor u = floats(bool(right), {M, r}), c = floats(bool(left), {r, N});
+  Tensor p = floats(bool(other), {N}), s = floats(column_sum, {N});
+  Tensor scaled = scale ? make(big, {M, N}, big.scalar_type()) : make(big, {0}, big.scalar_type());
+  const auto data = [](Tensor& t) {
+    return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr;
+  };
+  cuda::ColumnWalk args;
+  args.big = matrix(big);
+  args.M = M, args.N = N;
+  if (right) args.right = matrix(right), args.R = r, args.u = data(u);
+  if (left) args.left = matrix(left), args.L = r, args.c = data(c);
+  args.mask = mask(seed, call.dropout);
+  args.other = matrix(other);
+  args.scale = vector(scale);
+  args.p = data(p);
+  args.s = data(s);
+  args.scaled_big = output(scaled);
+  if (M == 0 || N == 0) {
+    for (Tensor* sum : {&u, &c, &p, &s}) torch::stable::zero_(*sum);
+  } else {
+    if (args.u && !cuda::u_is_cheap(args)) {
+      project(big, *right, u, device);
+      args.right = {}, args.R = 0, args.u = nullptr;
+    }
+    if (args.u || args.c || args.p || args.s || args.scaled_big.data) launch(args, big, device);
+  }
+  if (left && !c_by_rank) {
+    Tensor by_column = make(c, {N, r}, ScalarType::Float);
+    Tensor transposed = torch::stable::transpose(c, 0, 1);
+    torch::stable::copy_(by_column, transposed);
+    c = by_column;
+  }
+  return {u, c, p, s, scaled};
+}
+
+#endif
+
 }  // namespace
 }  // namespace decomp_kernels
 
@@ -146,3 +214,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {
   m.impl("column_walk", TORCH_BOX(&decomp_kernels::column_walk));
 }
+
+#ifdef DK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CUDA, m) {
+  m.impl("column_walk", TORCH_BOX(&decomp_kernels::column_walk_cuda));
+}
+#endif

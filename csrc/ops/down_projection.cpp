@@ -15,6 +15,11 @@
 #include "dropout.h"
 #include "scratch.h"
 
+#ifdef DK_CUDA
+#include "../cuda/down_projection.h"
+#include "on_device.h"
+#endif
+
 namespace decomp_kernels {
 namespace {
 
@@ -44,8 +49,8 @@ struct Call {
     K = x.size(1);
     checks.tensor(down, "down", {-1, K});
     r = down.size(0);
-    x_dtype = checks.floating(x, "x", false);
-    small_dtype = checks.floating(down, "down", false);
+    x_dtype = checks.floating(x, "x", checks.on_cuda());
+    small_dtype = checks.floating(down, "down", checks.on_cuda());
     checks.tensor(core, "core", {r});
     checks.dtype(core, "core", ScalarType::Float);
     dropout = checked_dropout(checks, seed, p);
@@ -91,6 +96,32 @@ std::tuple<Tensor, Tensor> down_projection(Tensor x, Tensor down, OptionalTensor
   return {t, v};
 }
 
+#ifdef DK_CUDA
+
+std::tuple<Tensor, Tensor> down_projection_cuda(Tensor x, Tensor down, OptionalTensor core,
+                                                OptionalTensor seed, double scale, double dropout,
+                                                std::string activation) {
+  const Call call(x, down, core, seed, scale, dropout, activation);
+  const Device device("down_projection", x);
+  Tensor t = make(x, {call.M, call.r}, down.scalar_type());
+  Tensor v = make(x, {0}, down.scalar_type());
+  if (call.has_v) v = make(x, {call.M, call.r}, down.scalar_type());
+  cuda::DownProjection args;
+  args.x = matrix(x);
+  args.down = matrix(down);
+  args.M = call.M, args.K = call.K, args.R = call.r;
+  args.mask = mask(seed, call.dropout);
+  args.core = vector(core);
+  args.scale = float(scale);
+  args.activation = call.activation;
+  args.t = output(t);
+  args.v = output(v);
+  if (t.numel()) launch(args, x, device);
+  return {t, v};
+}
+
+#endif
+
 }  // namespace
 }  // namespace decomp_kernels
 
@@ -102,3 +133,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {
   m.impl("down_projection", TORCH_BOX(&decomp_kernels::down_projection));
 }
+
+#ifdef DK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CUDA, m) {
+  m.impl("down_projection", TORCH_BOX(&decomp_kernels::down_projection_cuda));
+}
+#endif

@@ -7,14 +7,20 @@
 
 #include "checks.h"
 
+#ifdef DK_CUDA
+#include "../cuda/merged_weight.h"
+#include "on_device.h"
+#endif
+
 namespace decomp_kernels {
 namespace {
 
 constexpr int64_t kElementsPerThread = 1 << 16;  // of W: fewer are not worth another thread
 
-Tensor merged_weight(Tensor weight, OptionalTensor down, OptionalTensor up, OptionalTensor core,
-                     OptionalTensor in_scale, OptionalTensor out_scale, double scale) {
-  const Checks check("merged_weight", weight, "weight");
+// Returns r, 0 without a branch.
+int64_t check_all(const Checks& check, const Tensor& weight, const OptionalTensor& down,
+                  const OptionalTensor& up, const OptionalTensor& core,
+                  const OptionalTensor& in_scale, const OptionalTensor& out_scale) {
   check.tensor(weight, "weight", {-1, -1});
   const int64_t N = weight.size(0), K = weight.size(1);
   check.that(down.has_value() == up.has_value(), "down and up come together: give both, or neither");
@@ -28,14 +34,22 @@ Tensor merged_weight(Tensor weight, OptionalTensor down, OptionalTensor up, Opti
   check.dtype(core, "core", ScalarType::Float);
   check.dtype(in_scale, "in_scale", ScalarType::Float);
   check.dtype(out_scale, "out_scale", ScalarType::Float);
-
-  cpu::MergedWeightArgs a{};
-  a.weight_dtype = check.floating(weight, "weight", false);
-  a.small_dtype = Dtype::kFloat;
+  check.floating(weight, "weight", check.on_cuda());
   if (down) {
-    a.small_dtype = check.floating(*down, "down", false);
+    check.floating(*down, "down", check.on_cuda());
     check.dtype(up, "up", down->scalar_type());
   }
+  return r;
+}
+
+Tensor merged_weight(Tensor weight, OptionalTensor down, OptionalTensor up, OptionalTensor core,
+                     OptionalTensor in_scale, OptionalTensor out_scale, double scale) {
+  const Checks check("merged_weight", weight, "weight");
+  const int64_t r = check_all(check, weight, down, up, core, in_scale, out_scale);
+  const int64_t N = weight.size(0), K = weight.size(1);
+  cpu::MergedWeightArgs a{};
+  a.weight_dtype = check.floating(weight, "weight", false);
+  a.small_dtype = down ? check.floating(*down, "down", false) : Dtype::kFloat;
   a.weight = weight.const_data_ptr();
   a.down = pointer(down);
   a.up = pointer(up);
@@ -59,6 +73,29 @@ Tensor merged_weight(Tensor weight, OptionalTensor down, OptionalTensor up, Opti
   return out;
 }
 
+#ifdef DK_CUDA
+
+Tensor merged_weight_cuda(Tensor weight, OptionalTensor down, OptionalTensor up,
+                          OptionalTensor core, OptionalTensor in_scale, OptionalTensor out_scale,
+                          double scale) {
+  const Checks check("merged_weight", weight, "weight");
+  const int64_t r = check_all(check, weight, down, up, core, in_scale, out_scale);
+  const Device device("merged_weight", weight);
+  Tensor out = make(weight, {weight.size(0), weight.size(1)}, weight.scalar_type());
+  cuda::MergedWeight args;
+  args.weight = matrix(weight);
+  if (r) args.up = matrix(up), args.down = matrix(down), args.core = vector(core);
+  args.N = weight.size(0), args.K = weight.size(1), args.R = r;
+  args.in_scale = vector(in_scale);
+  args.out_scale = vector(out_scale);
+  args.scale = float(scale);
+  args.out = output(out);
+  if (out.numel()) launch(args, weight, device);
+  return out;
+}
+
+#endif
+
 }  // namespace
 }  // namespace decomp_kernels
 
@@ -71,3 +108,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {
   m.impl("merged_weight", TORCH_BOX(&decomp_kernels::merged_weight));
 }
+
+#ifdef DK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CUDA, m) {
+  m.impl("merged_weight", TORCH_BOX(&decomp_kernels::merged_weight_cuda));
+}
+#endif

@@ -8,6 +8,11 @@
 
 #include "checks.h"
 
+#ifdef DK_CUDA
+#include "../cuda/row_norm.h"
+#include "on_device.h"
+#endif
+
 namespace decomp_kernels {
 namespace {
 
@@ -31,8 +36,8 @@ Shapes check_low_rank(const Checks& check, const Tensor& weight, const Tensor& d
   check.tensor(down, "down", {-1, weight.size(1)});
   check.tensor(up, "up", {weight.size(0), down.size(0)});
   check.dtype(up, "up", down.scalar_type());
-  return {weight.size(0), weight.size(1), down.size(0), check.floating(weight, "weight", false),
-          check.floating(down, "down", false)};
+  return {weight.size(0), weight.size(1), down.size(0), check.floating(weight, "weight", check.on_cuda()),
+          check.floating(down, "down", check.on_cuda())};
 }
 
 void check_vector(const Checks& check, const Tensor& t, const char* name, int64_t N) {
@@ -126,6 +131,72 @@ std::tuple<Tensor, Tensor> row_norm_bwd(Tensor d_norm, Tensor norm, Tensor weigh
   return {d_down, d_up};
 }
 
+#ifdef DK_CUDA
+
+Tensor squared_rows_cuda(Tensor weight) {
+  const Checks check("squared_rows", weight, "weight");
+  check.tensor(weight, "weight", {-1, -1});
+  check.floating(weight, "weight", true);
+  const Device device("squared_rows", weight);
+  Tensor out = make(weight, {weight.size(0)}, ScalarType::Float);
+  cuda::SquaredRows args;
+  args.weight = matrix(weight);
+  args.N = weight.size(0), args.K = weight.size(1);
+  args.squares = floats(out);
+  if (args.N && args.K) launch(args, weight, device);
+  if (args.K == 0) torch::stable::zero_(out);
+  return out;
+}
+
+Tensor row_norm_fwd_cuda(Tensor weight, Tensor weight_sq, Tensor down, Tensor up,
+                             double scale) {
+  const Checks check("row_norm_fwd", weight, "weight");
+  const Shapes shapes = check_low_rank(check, weight, down, up);
+  check_vector(check, weight_sq, "weight_sq", shapes.N);
+  const Device device("row_norm_fwd", weight);
+  Tensor out = make(weight, {shapes.N}, ScalarType::Float);
+  cuda::RowNorm args;
+  args.weight = matrix(weight);
+  args.down = matrix(down);
+  args.up = matrix(up);
+  args.N = shapes.N, args.K = shapes.K, args.R = shapes.r;
+  args.squares = floats(std::as_const(weight_sq));
+  args.scale = float(scale);
+  args.norm = floats(out);
+  if (shapes.N) launch(args, weight, device);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> row_norm_bwd_cuda(Tensor d_norm, Tensor norm, Tensor weight,
+                                             Tensor down, Tensor up, double scale) {
+  const Checks check("row_norm_bwd", weight, "weight");
+  const Shapes shapes = check_low_rank(check, weight, down, up);
+  check_vector(check, d_norm, "d_norm", shapes.N);
+  check_vector(check, norm, "norm", shapes.N);
+  const Device device("row_norm_bwd", weight);
+  Tensor d_down = make(weight, {shapes.r, shapes.K}, ScalarType::Float);
+  Tensor d_up = make(weight, {shapes.N, shapes.r}, ScalarType::Float);
+  cuda::RowNormGradients args;
+  args.d_norm = floats(std::as_const(d_norm));
+  args.norm = floats(std::as_const(norm));
+  args.weight = matrix(weight);
+  args.down = matrix(down);
+  args.up = matrix(up);
+  args.N = shapes.N, args.K = shapes.K, args.R = shapes.r;
+  args.scale = float(scale);
+  args.d_down = floats(d_down);
+  args.d_up = floats(d_up);
+  if (shapes.N == 0 || shapes.K == 0) {
+    torch::stable::zero_(d_down);
+    torch::stable::zero_(d_up);
+  } else if (shapes.r) {
+    launch(args, weight, device);
+  }
+  return {d_down, d_up};
+}
+
+#endif
+
 }  // namespace
 }  // namespace decomp_kernels
 
@@ -143,3 +214,11 @@ STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {
   m.impl("row_norm_fwd", TORCH_BOX(&decomp_kernels::row_norm_fwd));
   m.impl("row_norm_bwd", TORCH_BOX(&decomp_kernels::row_norm_bwd));
 }
+
+#ifdef DK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CUDA, m) {
+  m.impl("squared_rows", TORCH_BOX(&decomp_kernels::squared_rows_cuda));
+  m.impl("row_norm_fwd", TORCH_BOX(&decomp_kernels::row_norm_fwd_cuda));
+  m.impl("row_norm_bwd", TORCH_BOX(&decomp_kernels::row_norm_bwd_cuda));
+}
+#endif

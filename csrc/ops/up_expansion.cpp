@@ -10,6 +10,11 @@
 #include "checks.h"
 #include "dropout.h"
 #include "scratch.h"
+
+#ifdef DK_CUDA
+#include "../cuda/up_expansion.h"
+#include "on_device.h"
+#endif
 #include "up_expansion.h"
 
 namespace decomp_kernels {
@@ -30,15 +35,13 @@ struct Call {
     r = v.size(1);
     checks.tensor(small, "small", {r, -1});
     N = small.size(1);
-    small_dtype = checks.floating(v, "v", false);
+    small_dtype = checks.floating(v, "v", checks.on_cuda());
     checks.dtype(small, "small", v.scalar_type());
     checks.tensor(bias, "bias", {N});
-    bias_dtype = bias ? checks.floating(*bias, "bias", false) : Dtype::kFloat;
+    bias_dtype = bias ? checks.floating(*bias, "bias", checks.on_cuda()) : Dtype::kFloat;
     checks.tensor(addend, "addend", {M, N});
     checks.dtype(addend, "addend", dtype);
-    checks.that(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-                "dtype must be float32 or bfloat16, got ", torch::headeronly::toString(dtype));
-    out_dtype = dtype == ScalarType::Float ? Dtype::kFloat : Dtype::kBFloat16;
+    out_dtype = checks.floating(dtype, "dtype", checks.on_cuda());
     dropout = checked_dropout(checks, seed, p);
   }
 };
@@ -70,6 +73,27 @@ Tensor up_expansion(Tensor v, Tensor small, OptionalTensor bias, OptionalTensor 
   return out;
 }
 
+#ifdef DK_CUDA
+
+Tensor up_expansion_cuda(Tensor v, Tensor small, OptionalTensor bias, OptionalTensor addend,
+                         OptionalTensor seed, double dropout, ScalarType dtype) {
+  const Call call(v, small, bias, addend, seed, dropout, dtype);
+  const Device device("up_expansion", v);
+  Tensor out = make(v, {call.M, call.N}, dtype);
+  cuda::UpExpansion args;
+  args.v = matrix(v);
+  args.down = matrix(small);
+  args.M = call.M, args.C = call.N, args.R = call.r;
+  args.mask = mask(seed, call.dropout);
+  args.bias = vector(bias);
+  args.addend = matrix(addend);
+  args.out = output(out);
+  if (out.numel()) launch(args, v, device);
+  return out;
+}
+
+#endif
+
 }  // namespace
 }  // namespace decomp_kernels
 
@@ -81,3 +105,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {
   m.impl("up_expansion", TORCH_BOX(&decomp_kernels::up_expansion));
 }
+
+#ifdef DK_CUDA
+STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CUDA, m) {
+  m.impl("up_expansion", TORCH_BOX(&decomp_kernels::up_expansion_cuda));
+}
+#endif
