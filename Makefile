@@ -5,8 +5,8 @@
 # make install-check   what an installation holds without a compiler, with one, and with nvcc: the device
 #                  kernels compiled for every architecture, their registers and spills read
 # make sanitize    the host kernels under AddressSanitizer and UndefinedBehaviorSanitizer, random shapes
-# make check-all   make check, every test including the full grids, and every Triton kernel compiled for every
-#                  architecture, with the pinned Triton and with the oldest that is supported
+# make check-all   make check, every test including the full grids, every instance of the Hopper GEMM, and every
+#                  Triton kernel compiled for every architecture, with the pinned Triton and with the oldest
 # make bench       time and memory of every method beside PEFT's                    (results: benchmarks/results/cpu)
 # make gpu-check   what only a GPU can show: the kernels on it, tiles, times        (results: benchmarks/results/<gpu>)
 #                  GPU_CHECK_ARGS="--full --stage bench", or --dry where there is none
@@ -65,6 +65,7 @@ check: $(DEV_READY)
 	$(PY) scripts/check_dist.py dist
 
 check-all: check
+	$(MAKE) install-check INSTALL_CHECK_ARGS=--all-instances
 	$(PYTEST) -m "full or not full" --hypothesis-profile=full $(PYTEST_ARGS)
 	$(ONE_THREAD) $(PY) -m decomp_kernels.cli.main inspect --all
 	$(MAKE) check-oldest-triton

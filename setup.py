@@ -8,6 +8,7 @@ build.json says what was built and what is missing (``decomp-kernels info`` show
     DECOMP_KERNELS_CUDA_ARCHS="80;90a" pip install --no-build-isolation .
                                            and the device kernels, with nvcc.  Not set: those of
                                            the GPUs at hand.  "80+PTX" adds PTX; "": none
+    DECOMP_KERNELS_HOPPER_INSTANCES="3 11" of the Hopper GEMM's 16 tiles and dtypes; not set: all
     MAX_JOBS=4                             compilations at a time
     CXX, CXXFLAGS, LDFLAGS                 as ever
 """
@@ -45,6 +46,8 @@ CXXFLAGS, LDFLAGS = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", ""
 DEPENDENCIES = "\n depfile = $out.d\n deps = gcc"
 # What ptxas says of registers and spills is kept beside each object.
 NVCC = "$nvcc $flags -MD -MF $out.d -c $in -o $out > $out.log 2>&1 || { cat $out.log; exit 1; }"
+HOPPER_INSTANCE = "hopper_instance"
+HOPPER_INSTANCES = 16  # two products, two dtypes, four tiles (csrc/common/hopper_tiles.h)
 HOPPER = "hopper_"  # files of that name hold instructions that sm_90a alone has
 
 
@@ -57,6 +60,8 @@ class Plan:
         self.archs = self._archs() if self.compiler else []
         self.nvcc = shutil.which("nvcc") if self.archs else None
         self.cutlass = self._cutlass() if "90a" in self.archs else None
+        chosen = os.environ.get("DECOMP_KERNELS_HOPPER_INSTANCES")
+        self.instances = range(HOPPER_INSTANCES) if chosen is None else map(int, chosen.split())
 
     def _compiler(self) -> str | None:
         compiler = os.environ.get("CXX") or next(
@@ -241,10 +246,16 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
             compile_(source, name, "cxx", " ".join([*flags, f"-DDK_LEVEL={level}"]))
     if plan.nvcc:
         for source in sorted((csrc / "cuda").glob("*.cu")):
-            if (own := _nvcc_flags(plan, source)) is not None:
-                warn = "--compiler-options -fPIC,-fvisibility=hidden"
-                flags = f"-std=c++20 -O3 {hopper} {includes} {warn} --expt-relaxed-constexpr {own}"
+            if (own := _nvcc_flags(plan, source)) is None:
+                continue
+            host = "--compiler-options -fPIC,-fvisibility=hidden"
+            flags = f"-std=c++20 -O3 {hopper} {includes} {host} --expt-relaxed-constexpr {own}"
+            if source.stem != HOPPER_INSTANCE:
                 compile_(source, f"cuda_{source.stem}", "nvcc", flags)
+                continue
+            for number in plan.instances:  # each is tens of seconds: a compilation of its own
+                name = f"cuda_{source.stem}_{number}"
+                compile_(source, name, "nvcc", f"{flags} -DDK_HOPPER_INSTANCE={number}")
     against = f"{LDFLAGS} -Wl,--as-needed -L{torch_home / 'lib'} -ltorch_cpu -ltorch"
     if cuda_home:
         folders = [folder for name in ("lib64", "lib") if (folder := cuda_home / name).is_dir()]

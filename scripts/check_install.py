@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = "80;90a;100a;80+PTX"
+INSTANCES = "3 11"  # of the Hopper GEMM: forward and input gradient, bf16, 128 x 256 cooperative
 COMPILERS = re.compile(r"(.*-)?(c\+\+|g\+\+|gcc|cc|clang|clang\+\+|cl|icpx)(-[\d.]+)?|c\d\d")
 ASK = """
 import json, sys
@@ -45,6 +46,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", action="append", choices=list(CASES), help="default: all")
     parser.add_argument("--archs", default=ARCHS, help=f"of the case nvcc (default {ARCHS})")
+    parser.add_argument("--all-instances", action="store_true", help="of the Hopper GEMM, not two")
     args = parser.parse_args()
     failed = 0
     for name in args.only or CASES:
@@ -81,6 +83,8 @@ def compiler(folder: Path, args: argparse.Namespace) -> tuple[list[str], str]:
 
 def nvcc(folder: Path, args: argparse.Namespace) -> tuple[list[str], str]:
     settings = {"DECOMP_KERNELS_CUDA_ARCHS": args.archs}
+    if not args.all_instances:
+        settings["DECOMP_KERNELS_HOPPER_INSTANCES"] = INSTANCES
     found = install(folder, ["--no-build-isolation"], os.environ["PATH"], settings)
     problems = native(found)
     if found["record"].get("missing"):
@@ -104,7 +108,7 @@ def install(folder: Path, options: list[str], path: str, settings: dict[str, str
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("DECOMP_KERNELS_CUDA_ARCHS", "CXX", "PYTHONPATH")
+        if not name.startswith("DECOMP_KERNELS_") and name not in ("CXX", "PYTHONPATH")
     }
     environment |= {"PATH": f"{Path(sys.executable).parent}:{path}", **settings}
     made = subprocess.run(

@@ -88,9 +88,7 @@ def merged_weight(data, ops, M, N, r, dtype):
     adapter = small(data, dtype)
     down, up = (drawn(r, N, dtype=adapter), drawn(M, r, dtype=adapter)) if branch else (None, None)
     core = some(data, r) if branch else None
-    ops.merged_weight(
-        drawn(M, N, dtype=dtype), down, up, core, some(data, N), some(data, M), 0.7
-    )
+    ops.merged_weight(drawn(M, N, dtype=dtype), down, up, core, some(data, N), some(data, M), 0.7)
 
 
 @call

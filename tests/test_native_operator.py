@@ -171,10 +171,14 @@ def test_dora_starts_as_the_linear(place):
     if place[1] == "native:fused":
         linear = linear.bfloat16()
     layer = dk.DecomposedLinear(linear, dk.DoRA(r=4, impl=place[1]))
-    assert torch.equal(layer.adapters["default"].magnitude, row_norm(
-        linear.weight, *(layer.adapters["default"].get_parameter(n) for n in ("down", "up")),
-        impl=place[1],
-    ))
+    assert torch.equal(
+        layer.adapters["default"].magnitude,
+        row_norm(
+            linear.weight,
+            *(layer.adapters["default"].get_parameter(n) for n in ("down", "up")),
+            impl=place[1],
+        ),
+    )
 
 
 @pytest.mark.parametrize("name", sorted(dk.methods()))

@@ -32,6 +32,7 @@ RANKS = (0, 16, 64, 384)
 CPU_LAYERS = ((768, 768), (1024, 1024), (2048, 2048), (4096, 4096))
 CPU_TOKENS = (16, 128, 512, 2048)
 CPU_RANKS = (0, 16, 64)
+CPU_MOST = 2**33  # a second or so a step
 CPU_DTYPES = ("float32", "bfloat16")
 DIRECTIONS = ("forward", "backward")
 
@@ -86,14 +87,19 @@ def cells(
     ranks: Iterable[int] = RANKS,
     dtypes: Iterable[str] = ("bfloat16",),
     scaled: Iterable[bool] = (False,),
+    most: float = float("inf"),
 ) -> Iterator[Cell]:
-    """Every cell of the grid, float32 adapters and dropout where there is a branch."""
+    """Every cell of the grid, float32 adapters and dropout where there is a branch.
+
+    most: multiplications of the base product, above which a cell is left out.
+    """
     for dtype, M, (N, K), r in product(dtypes, tokens, layers, ranks):
-        if not r:
+        if not r and M * N * K <= most:
             yield Cell(M, N, K, r, dtype=dtype)
+        if not r:
             continue
         for wide, dropout, by_scale in product((False, True), (0.0, 0.05), scaled):
-            if not (wide and dtype == "float32"):
+            if not (wide and dtype == "float32") and M * N * K <= most:
                 yield Cell(M, N, K, r, dropout, wide, dtype, by_scale)
 
 

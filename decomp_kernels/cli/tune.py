@@ -142,6 +142,7 @@ def _cells(args: argparse.Namespace) -> list[Cell]:
                 args.ranks or (tune.CPU_RANKS[:2] if quick else tune.CPU_RANKS),
                 tune.CPU_DTYPES,
                 scaled=(False, True),
+                most=tune.CPU_MOST,
             )
         )
     return list(
