@@ -30,9 +30,10 @@ Shapes check_low_rank(const Checks& check, const Tensor& weight, const Tensor& d
   check.tensor(weight, "weight", {-1, -1});
   check.tensor(down, "down", {-1, weight.size(1)});
   check.tensor(up, "up", {weight.size(0), down.size(0)});
+  const Dtype large = check.floating(weight, "weight", false);
+  const Dtype small = check.floating(down, "down", false);
   check.dtype(up, "up", down.scalar_type());
-  return {weight.size(0), weight.size(1), down.size(0), check.floating(weight, "weight", false),
-          check.floating(down, "down", false)};
+  return {weight.size(0), weight.size(1), down.size(0), large, small};
 }
 
 void check_vector(const Checks& check, const Tensor& t, const char* name, int64_t N) {
