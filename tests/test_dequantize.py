@@ -95,8 +95,10 @@ def test_no_two_block_sizes_fit_one_count():
         assert len(set(several)) == len(several)
         for size, count in zip((32, 64, 128), counts):
             found = block_size(elements, count)
-            assert found == size or (count <= 1 and found == 32 * -(-elements // 32)) or (
-                count <= 1 and found >= min(elements, 32)
+            assert (
+                found == size
+                or (count <= 1 and found == 32 * -(-elements // 32))
+                or (count <= 1 and found >= min(elements, 32))
             )
     assert block_size(100, 3) is None and block_size(100, 0) is None and block_size(0, 1) is None
 
@@ -132,7 +134,9 @@ def test_scales_that_are_not_finite_or_tiny_stay_what_they_are(dtype, level):
     nf4 = torch.randint(0, 256, (8 * 64 // 2,), generator=gen, dtype=torch.uint8)
     int8 = torch.randint(-128, 128, (8, 64), generator=gen, dtype=torch.int8)
     for kind, weight in (("nf4", nf4), ("int8", int8)):
-        plain = dequantize(weight, absmax, kind, shape=(8, 64), dtype=DTYPES[dtype], impl="reference")
+        plain = dequantize(
+            weight, absmax, kind, shape=(8, 64), dtype=DTYPES[dtype], impl="reference"
+        )
         ours = native.forward(weight, absmax, kind, 8, 64, DTYPES[dtype])
         assert torch.equal(ours.isnan(), plain.isnan())
         assert torch.equal(ours.nan_to_num(0.0), plain.nan_to_num(0.0))

@@ -1,4 +1,4 @@
-"""Host kernels on weights, at every level of this machine: row norms, merged weights, Gram matrices.
+"""Host kernels on weights, at every level of this machine: norms, merged weights, Gram matrices.
 
 Against the definitions in float64.  What plain PyTorch is allowed is what it loses in float32 on
 the same operands: products of bf16 are exact and sums are float32.
@@ -26,8 +26,8 @@ DTYPES = {
     "fp32-bf16": (torch.float32, torch.bfloat16),
 }
 RANKS = (1, 3, 16, 17, 64, 100)
-# Several parts of d_down, several blocks a part, blocks of the fewest rows, and tails of every tile.
-SHAPES = [(0, 5), (1, 7), (5, 0), (1, 1), (37, 53), (24, 32), (601, 40), (520, 200), (13, 5600)]
+# Several parts of d_down, several blocks a part, blocks of the fewest rows, tails of every tile.
+SHAPES = [(0, 5), (1, 7), (5, 0), (1, 1), (37, 53), (24, 32), (601, 40), (300, 600), (13, 5600)]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 

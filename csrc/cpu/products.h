@@ -1,14 +1,14 @@
-// The two small products of the host kernels on weights, as tiles that stay in registers:
+// The products of the host kernels on weights, as tiles that stay in registers:
 //
-//     row_products      out[n, j] = sum_k x[n, k] * y[j, k]          both operands walked along their rows
-//     self_products     out[i, j] = sum_k x[i, k] * x[j, k]          its upper half
-//     outer_products    d[j, k] gets sum_n left[n, j] * x[n, k]      lanes are columns of x
+//     row_products      out[n, j] = sum_k x[n, k] * y[j, k]        both are walked along their rows
+//     self_products     out[i, j] = sum_k x[i, k] * x[j, k]        the upper half
+//     outer_products    d[j, k] gets sum_n left[n, j] * x[n, k]    lanes are columns of x
 //
 //     x [rows, K], y [J, K], left [rows, J] of any strides, out [rows, J]
 //
 // Neither repacks an operand: bf16 becomes float32 in registers, and where both are bf16 the first
-// takes pairs of exact products (VDPBF16PS).  Sums are float32 and their order depends on nothing but
-// the shape of what one call covers.
+// takes pairs of exact products (VDPBF16PS).  Sums are float32, and their order depends on nothing
+// but the shape of what one call covers.
 
 #pragma once
 
@@ -155,9 +155,9 @@ void row_products(const TX* x, int64_t ldx, int64_t rows, const TY* y, int64_t l
   for (; n < rows; ++n) dot_rows<kAdd, 1>(x + n * ldx, ldx, y, ldy, J, K, out + n * ldo, ldo);
 }
 
-// out[i, j] = sum_k x[i, k] * x[j, k] for i from ``begin`` to ``end`` and j from i to r, and more below
-// the diagonal.  The diagonal's terms all have one sign, so that the errors of a long sum do not
-// cancel: it is one of short sums.
+// out[i, j] = sum_k x[i, k] * x[j, k] for i from ``begin`` to ``end`` and j from i to r, and more
+// below the diagonal.  The diagonal's terms all have one sign, so that the errors of a long sum do
+// not cancel: short sums are added.
 template <typename TX>
 void self_products(const TX* x, int64_t K, int64_t r, int64_t begin, int64_t end, float* out) {
   constexpr int64_t kShort = 512;
@@ -166,8 +166,10 @@ void self_products(const TX* x, int64_t K, int64_t r, int64_t begin, int64_t end
     const TX* from = x + i * K;
     float* o = out + i * r + i;
     row_products(from, K, rows, from, K, r - i, K < kShort ? K : kShort, o, r);
-    for (int64_t k = kShort; k < K; k += kShort)
-      row_products<true>(from + k, K, rows, from + k, K, r - i, K - k < kShort ? K - k : kShort, o, r);
+    for (int64_t k = kShort; k < K; k += kShort) {
+      const int64_t some = K - k < kShort ? K - k : kShort;
+      row_products<true>(from + k, K, rows, from + k, K, r - i, some, o, r);
+    }
   }
 }
 

@@ -3,8 +3,9 @@
 //     L = scale * (dn / n)[:, None] * B        dB = scale * (dn / n)[:, None] * U + scale * L G
 //     dA = L^T W + scale * (L^T B) A
 //
-// The backward reads W once: a block of rows that stays in the level-2 cache gives its rows of U and
-// then its share of L^T W.  Each unit of rows has its own partial sums of dA, added in a fixed order.
+// The backward reads W once: a block of rows that stays in the level-2 cache gives its rows of U
+// and then its share of L^T W.  Each unit of rows has its own partial sums of dA, which are added
+// in a fixed order.
 
 #include "row_norm.h"
 
@@ -29,7 +30,7 @@ struct Operands {
   const TA* up;
 };
 
-// Squares all have one sign, so that the errors of a long sum do not cancel: it is one of short sums.
+// Squares all have one sign, so that the errors of a long sum do not cancel: short sums are added.
 template <typename TX>
 float squared_sum(const TX* x, int64_t K) {
   constexpr int64_t kShort = 64 * kLanes;

@@ -1,4 +1,4 @@
-// squared_rows, row_norm_fwd, row_norm_bwd: DoRA's norm (maths: decomp_kernels/reference/row_norm.py).
+// n_j = ||(W + scale * B A)_j|| and its gradients (maths: decomp_kernels/reference/row_norm.py).
 
 #include "../cpu/row_norm.h"
 
@@ -133,10 +133,11 @@ std::tuple<Tensor, Tensor> row_norm_bwd(Tensor d_norm, Tensor norm, Tensor weigh
 STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
   m.def("squared_rows(Tensor weight) -> Tensor");
   m.def(
-      "row_norm_fwd(Tensor weight, Tensor weight_sq, Tensor down, Tensor up, float scale) -> Tensor");
+      "row_norm_fwd(Tensor weight, Tensor weight_sq, Tensor down, Tensor up, float scale) "
+      "-> Tensor");
   m.def(
-      "row_norm_bwd(Tensor d_norm, Tensor norm, Tensor weight, Tensor down, Tensor up, float scale) "
-      "-> (Tensor d_down, Tensor d_up)");
+      "row_norm_bwd(Tensor d_norm, Tensor norm, Tensor weight, Tensor down, Tensor up, "
+      "float scale) -> (Tensor d_down, Tensor d_up)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {

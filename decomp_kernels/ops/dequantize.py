@@ -58,7 +58,9 @@ def dequantize(
     Raises ValueError or TypeError where the arguments do not fit.
     """
     if weight_format not in FORMATS:
-        raise ValueError(f"weight_format must be one of {', '.join(FORMATS)}, got {weight_format!r}")
+        raise ValueError(
+            f"weight_format must be one of {', '.join(FORMATS)}, got {weight_format!r}"
+        )
     if weight.dtype != _CODES[weight_format]:
         raise TypeError(
             f"weight must be {_CODES[weight_format]} for {weight_format}, got {weight.dtype}"
