@@ -1,4 +1,4 @@
-// Quantised weights to dense ones (definition: decomp_kernels/reference/dequantize.py).
+// w = level[code] * absmax, or code * (absmax / 127) (decomp_kernels/reference/dequantize.py).
 //
 //     codes: nf4 [ceil(rows * cols / 2)] bytes, int8 [rows, cols]     out [rows, cols]
 //     absmax: nf4 [ceil(rows * cols / block)], int8 [rows]
@@ -12,7 +12,7 @@
 
 namespace decomp_kernels::cpu {
 
-inline constexpr int64_t kSmallestBlock = 32;   // of nf4, a power of two as all are
+inline constexpr int64_t kSmallestBlock = 32;      // of nf4, a power of two as all are
 inline constexpr int64_t kNf4Elements = 1 << 12;  // in a unit of work
 
 struct DequantizeArgs {
@@ -24,7 +24,8 @@ struct DequantizeArgs {
   int64_t block;  // nf4
 };
 
+// Over ranges of kNf4Elements, and of rows.
 DK_DECLARE_AT_LEVELS(void dequantize_nf4(const DequantizeArgs&, int64_t begin, int64_t end))
-DK_DECLARE_AT_LEVELS(void dequantize_int8(const DequantizeArgs&, int64_t begin, int64_t end))  // rows
+DK_DECLARE_AT_LEVELS(void dequantize_int8(const DequantizeArgs&, int64_t begin, int64_t end))
 
 }  // namespace decomp_kernels::cpu

@@ -22,13 +22,6 @@ const float* wide_rows(const bf16* M, int64_t rows, int64_t r, float* block) {
   return block;
 }
 
-// The upper half of M M^T, and what the tiles hold beyond it.
-template <typename T>
-void rows_by_rows(const T* M, int64_t K, int64_t r, float* E) {
-  for (int64_t i = 0; i < r; i += kDotRows)
-    row_products(M + i * K, K, smaller(kDotRows, r - i), M + i * K, K, r - i, K, E + i * r + i, r);
-}
-
 // The upper half of M^T M, and what the tiles hold beyond it.
 template <typename T>
 void columns_by_columns(const T* M, int64_t N, int64_t r, float* E, float* block) {
@@ -66,7 +59,7 @@ void forward_of(const GramArgs& a, int64_t g) {
   const T* M = static_cast<const T*>(a.matrices[g]);
   float* E = a.residual + g * r * r;
   if (a.of_rows)
-    rows_by_rows(M, a.length, r, E);
+    self_products(M, a.length, r, 0, r, E);
   else
     columns_by_columns(M, a.length, r, E, a.block + g * kGramBlock * r);
   a.squared[g] = finished(E, r, a.identity);

@@ -1,4 +1,4 @@
-// Gram matrices of many small matrices, and their gradients (maths: decomp_kernels/reference/gram.py).
+// E = M M^T - I and its like for many small M, and their gradients (reference/gram.py).
 //
 //     matrices: G of one shape and dtype, [r, K] where of_rows, else [N, r]     E [G, r, r]
 

@@ -1,4 +1,4 @@
-// The weight of the plain linear that an adapted layer is (maths: merged_weight of
+// out = out_scale * (W + scale * B core A) * in_scale (maths: merged_weight of
 // decomp_kernels/reference/decomposed_linear.py).
 //
 //     W, out [N, K]   A = down [r, K]   B = up [N, r]   core [r]   in_scale [K]   out_scale [N]

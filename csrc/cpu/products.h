@@ -1,13 +1,14 @@
-// The two small products of the host kernels on weights, as tiles that stay in registers:
+// The products of the host kernels on weights, as tiles that stay in registers:
 //
-//     row_products      out[n, j] = sum_k x[n, k] * y[j, k]          both operands walked along their rows
-//     outer_products    d[j, k] gets sum_n left[n, j] * x[n, k]      lanes are columns of x
+//     row_products      out[n, j] = sum_k x[n, k] * y[j, k]        both are walked along their rows
+//     self_products     out[i, j] = sum_k x[i, k] * x[j, k]        the upper half
+//     outer_products    d[j, k] gets sum_n left[n, j] * x[n, k]    lanes are columns of x
 //
 //     x [rows, K], y [J, K], left [rows, J] of any strides, out [rows, J]
 //
 // Neither repacks an operand: bf16 becomes float32 in registers, and where both are bf16 the first
-// takes pairs of exact products (VDPBF16PS).  Sums are float32 and their order depends on nothing but
-// the shape of what one call covers.
+// takes pairs of exact products (VDPBF16PS).  Sums are float32, and their order depends on nothing
+// but the shape of what one call covers.
 
 #pragma once
 
@@ -69,7 +70,8 @@ struct Step<bf16, bf16> {
 };
 #endif
 
-// The sums of four vectors, side by side.
+// The sums of four vectors, side by side; kAdd: on top of what is there.
+template <bool kAdd>
 DK_INLINE void store_four_sums(float* out, Floats a, Floats b, Floats c, Floats d) {
 #if defined(__AVX512F__)
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -77,19 +79,19 @@ DK_INLINE void store_four_sums(float* out, Floats a, Floats b, Floats c, Floats 
   const __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xEE);
   const __m512 wide = _mm512_add_ps(low, high);
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(wide), _mm512_extractf32x8_ps(wide, 1));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(out, kAdd ? _mm_add_ps(_mm_loadu_ps(out), four) : four);
 #elif defined(__AVX2__)
   const __m256 half = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(out, kAdd ? _mm_add_ps(_mm_loadu_ps(out), four) : four);
 #else
-  out[0] = reduce_add(a);
-  out[1] = reduce_add(b);
-  out[2] = reduce_add(c);
-  out[3] = reduce_add(d);
+  const float sums[4] = {reduce_add(a), reduce_add(b), reduce_add(c), reduce_add(d)};
+  for (int i = 0; i < 4; ++i) out[i] = kAdd ? out[i] + sums[i] : sums[i];
 #endif
 }
 
-template <int R, int J, typename TX, typename TY>
+template <bool kAdd, int R, int J, typename TX, typename TY>
 DK_INLINE void dot_tile(const TX* x, int64_t ldx, const TY* y, int64_t ldy, int64_t K, float* out,
                         int64_t ldo) {
   using S = Step<TX, TY>;
@@ -123,31 +125,52 @@ DK_INLINE void dot_tile(const TX* x, int64_t ldx, const TY* y, int64_t ldy, int6
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) {
     if constexpr (J == 4) {
-      store_four_sums(out + i * ldo, sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
+      store_four_sums<kAdd>(out + i * ldo, sums[i][0], sums[i][1], sums[i][2], sums[i][3]);
     } else {
 #pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) out[i * ldo + j] = reduce_add(sums[i][j]);
+      for (int j = 0; j < J; ++j) {
+        float* o = out + i * ldo + j;
+        *o = (kAdd ? *o : 0.0f) + reduce_add(sums[i][j]);
+      }
     }
   }
 }
 
-template <int R, typename TX, typename TY>
+template <bool kAdd, int R, typename TX, typename TY>
 DK_INLINE void dot_rows(const TX* x, int64_t ldx, const TY* y, int64_t ldy, int64_t J, int64_t K,
                         float* out, int64_t ldo) {
   int64_t j = 0;
   for (; j + kDotCols <= J; j += kDotCols)
-    dot_tile<R, kDotCols>(x, ldx, y + j * ldy, ldy, K, out + j, ldo);
-  for (; j < J; ++j) dot_tile<R, 1>(x, ldx, y + j * ldy, ldy, K, out + j, ldo);
+    dot_tile<kAdd, R, kDotCols>(x, ldx, y + j * ldy, ldy, K, out + j, ldo);
+  for (; j < J; ++j) dot_tile<kAdd, R, 1>(x, ldx, y + j * ldy, ldy, K, out + j, ldo);
 }
 
-// out[n, j] = sum_k x[n, k] * y[j, k] for n < rows, j < J.
-template <typename TX, typename TY>
+// out[n, j] = sum_k x[n, k] * y[j, k] for n < rows, j < J; kAdd: on top of what is there.
+template <bool kAdd = false, typename TX, typename TY>
 void row_products(const TX* x, int64_t ldx, int64_t rows, const TY* y, int64_t ldy, int64_t J,
                   int64_t K, float* out, int64_t ldo) {
   int64_t n = 0;
   for (; n + kDotRows <= rows; n += kDotRows)
-    dot_rows<kDotRows>(x + n * ldx, ldx, y, ldy, J, K, out + n * ldo, ldo);
-  for (; n < rows; ++n) dot_rows<1>(x + n * ldx, ldx, y, ldy, J, K, out + n * ldo, ldo);
+    dot_rows<kAdd, kDotRows>(x + n * ldx, ldx, y, ldy, J, K, out + n * ldo, ldo);
+  for (; n < rows; ++n) dot_rows<kAdd, 1>(x + n * ldx, ldx, y, ldy, J, K, out + n * ldo, ldo);
+}
+
+// out[i, j] = sum_k x[i, k] * x[j, k] for i from ``begin`` to ``end`` and j from i to r, and more
+// below the diagonal.  The diagonal's terms all have one sign, so that the errors of a long sum do
+// not cancel: short sums are added.
+template <typename TX>
+void self_products(const TX* x, int64_t K, int64_t r, int64_t begin, int64_t end, float* out) {
+  constexpr int64_t kShort = 512;
+  for (int64_t i = begin; i < end; i += kDotRows) {
+    const int64_t rows = end - i < kDotRows ? end - i : kDotRows;
+    const TX* from = x + i * K;
+    float* o = out + i * r + i;
+    row_products(from, K, rows, from, K, r - i, K < kShort ? K : kShort, o, r);
+    for (int64_t k = kShort; k < K; k += kShort) {
+      const int64_t some = K - k < kShort ? K - k : kShort;
+      row_products<true>(from + k, K, rows, from + k, K, r - i, some, o, r);
+    }
+  }
 }
 
 // left[n * row_step + j * col_step]

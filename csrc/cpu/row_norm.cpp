@@ -3,8 +3,9 @@
 //     L = scale * (dn / n)[:, None] * B        dB = scale * (dn / n)[:, None] * U + scale * L G
 //     dA = L^T W + scale * (L^T B) A
 //
-// The backward reads W once: a block of rows that stays in the level-2 cache gives its rows of U and
-// then its share of L^T W.  Each unit of rows has its own partial sums of dA, added in a fixed order.
+// The backward reads W once: a block of rows that stays in the level-2 cache gives its rows of U
+// and then its share of L^T W.  Each unit of rows has its own partial sums of dA, which are added
+// in a fixed order.
 
 #include "row_norm.h"
 
@@ -13,8 +14,8 @@
 namespace decomp_kernels::cpu::DK_LEVEL {
 namespace {
 
-// Of W, as much as one block of the backward reads twice: an eighth of a 1 MiB level-2 cache.
-constexpr int64_t kBlockBytes = 128 << 10;
+// Of W, as much as one block of the backward reads twice: a quarter of a 1 MiB level-2 cache.
+constexpr int64_t kBlockBytes = 256 << 10;
 
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -29,21 +30,28 @@ struct Operands {
   const TA* up;
 };
 
+// Squares all have one sign, so that the errors of a long sum do not cancel: short sums are added.
 template <typename TX>
 float squared_sum(const TX* x, int64_t K) {
-  Floats sums[4] = {zero(), zero(), zero(), zero()};
-  int64_t k = 0;
-  for (; k + 4 * kLanes <= K; k += 4 * kLanes)
+  constexpr int64_t kShort = 64 * kLanes;
+  Floats total = zero();
+  for (int64_t first = 0; first < K; first += kShort) {
+    const int64_t last = smaller(first + kShort, K);
+    Floats sums[4] = {zero(), zero(), zero(), zero()};
+    int64_t k = first;
+    for (; k + 4 * kLanes <= last; k += 4 * kLanes)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      const Floats a = load(x + k + v * kLanes);
-      sums[v] = fma(a, a, sums[v]);
+      for (int v = 0; v < 4; ++v) {
+        const Floats a = load(x + k + v * kLanes);
+        sums[v] = fma(a, a, sums[v]);
+      }
+    for (; k < last; k += kLanes) {
+      const Floats a = load(x + k, smaller(last - k, kLanes));
+      sums[0] = fma(a, a, sums[0]);
     }
-  for (; k < K; k += kLanes) {
-    const Floats a = load(x + k, smaller(K - k, kLanes));
-    sums[0] = fma(a, a, sums[0]);
+    total = total + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
-  return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return reduce_add(total);
 }
 
 // sum_j b[j] * u[j]
@@ -65,15 +73,14 @@ void scaled(const TA* b, float factor, float* out, int64_t r) {
   }
 }
 
-template <typename TX, typename TA>
+template <typename TA>
 void gram_rows(const RowNormArgs& a, int64_t begin, int64_t end) {
-  const int64_t r = a.r, K = a.K;
-  const TA* down = Operands<TX, TA>(a).down;
+  const int64_t r = a.r;
   for (int64_t i = begin * kGramRows; i < smaller(end * kGramRows, r); i += kGramRows) {
-    const int64_t rows = smaller(kGramRows, r - i);  // the upper half, and its mirror image
-    row_products(down + i * K, K, rows, down + i * K, K, r - i, K, a.gram + i * r + i, r);
-    for (int64_t m = i; m < i + rows; ++m)
-      for (int64_t j = i + rows; j < r; ++j) a.gram[j * r + m] = a.gram[m * r + j];
+    const int64_t stop = smaller(i + kGramRows, r);
+    self_products(static_cast<const TA*>(a.down), a.K, r, i, stop, a.gram);
+    for (int64_t m = i; m < stop; ++m)  // below the diagonal, its mirror image
+      for (int64_t j = m + 1; j < r; ++j) a.gram[j * r + m] = a.gram[m * r + j];
   }
 }
 
@@ -173,9 +180,9 @@ void squared_rows(const RowNormArgs& a, int64_t begin, int64_t end) {
 
 void down_gram(const RowNormArgs& a, int64_t begin, int64_t end) {
   if (a.small_dtype == Dtype::kFloat)
-    gram_rows<float, float>(a, begin, end);
+    gram_rows<float>(a, begin, end);
   else
-    gram_rows<bf16, bf16>(a, begin, end);
+    gram_rows<bf16>(a, begin, end);
 }
 
 void row_norm_forward(const RowNormArgs& a, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Row norms of W + scale * B A and their gradients (maths: decomp_kernels/reference/row_norm.py).
+// n_j = ||(W + scale * B A)_j|| and its gradients (maths: decomp_kernels/reference/row_norm.py).
 //
 //     W [N, K]   A = down [r, K]   B = up [N, r]   weight_sq, norm, d_norm, out [N]
 
@@ -36,16 +36,17 @@ struct RowNormArgs {
   float* d_up;          // [N, r]
   float* d_down;        // [r, K]
   float* partial;       // [ceil(N / kBackwardRows), r, K]  parts of d_down
-  float* partial_gram;  // [ceil(N / kBackwardRows), r, r]  parts of wide^T B; their sum in the first
+  float* partial_gram;  // [ceil(N / kBackwardRows), r, r]  of wide^T B; the first becomes the sum
 };
 
-// Each over a range of units.  down_gram comes before forward or backward, gram_sum between backward
-// and finish.
-DK_DECLARE_AT_LEVELS(void squared_rows(const RowNormArgs&, int64_t begin, int64_t end))   // rows
-DK_DECLARE_AT_LEVELS(void down_gram(const RowNormArgs&, int64_t begin, int64_t end))      // kGramRows
+// Each over a range of units: rows, kGramRows, kForwardRows, kBackwardRows, the numbers of
+// [r, r], kFinishColumns.  down_gram comes before forward and backward, and gram_sum between
+// backward and finish.
+DK_DECLARE_AT_LEVELS(void squared_rows(const RowNormArgs&, int64_t begin, int64_t end))
+DK_DECLARE_AT_LEVELS(void down_gram(const RowNormArgs&, int64_t begin, int64_t end))
 DK_DECLARE_AT_LEVELS(void row_norm_forward(const RowNormArgs&, int64_t begin, int64_t end))
 DK_DECLARE_AT_LEVELS(void row_norm_backward(const RowNormArgs&, int64_t begin, int64_t end))
-DK_DECLARE_AT_LEVELS(void row_norm_gram_sum(const RowNormArgs&, int64_t begin, int64_t end))  // r * r
+DK_DECLARE_AT_LEVELS(void row_norm_gram_sum(const RowNormArgs&, int64_t begin, int64_t end))
 DK_DECLARE_AT_LEVELS(void row_norm_finish(const RowNormArgs&, int64_t begin, int64_t end))
 
 }  // namespace decomp_kernels::cpu

@@ -1,4 +1,4 @@
-// dequantize: NF4 and int8 weights to dense ones (definition: decomp_kernels/reference/dequantize.py).
+// w = level[code] * absmax, or code * (absmax / 127) (decomp_kernels/reference/dequantize.py).
 
 #include "../cpu/dequantize.h"
 
@@ -26,7 +26,8 @@ int64_t block_size(int64_t elements, int64_t count) {
 Tensor dequantize(Tensor weight, Tensor weight_scale, std::string weight_format, int64_t rows,
                   int64_t cols, ScalarType dtype) {
   const Checks check("dequantize", weight, "weight");
-  check.that(rows >= 0 && cols >= 0, "rows and cols must not be negative, got ", rows, " and ", cols);
+  check.that(rows >= 0 && cols >= 0, "rows and cols must not be negative, got ", rows, " and ",
+             cols);
   check.that(cols == 0 || rows <= std::numeric_limits<int64_t>::max() / 8 / cols,
              "rows and cols are too large, got ", rows, " and ", cols);
   check.that(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
@@ -45,8 +46,8 @@ Tensor dequantize(Tensor weight, Tensor weight_scale, std::string weight_format,
                " bytes for ", elements, " codes, got ", weight.numel());
     check.tensor(weight_scale, "weight_scale", {-1});
     a.block = block_size(elements, weight_scale.numel());
-    check.that(a.block > 0, "weight_scale must have one absmax for each block of 32, 64, 128, ... of ",
-               elements, " codes, got ", weight_scale.numel());
+    check.that(a.block > 0, "weight_scale must have one absmax for each block of 32, 64, 128, ... ",
+               "of ", elements, " codes, got ", weight_scale.numel());
   } else {
     check.dtype(weight, "weight", ScalarType::Char);
     check.tensor(weight, "weight", {rows, cols});

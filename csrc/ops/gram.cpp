@@ -1,5 +1,5 @@
-// gram_fwd, gram_bwd: Gram matrices of one group, matrices of one shape and dtype (maths:
-// decomp_kernels/reference/gram.py).
+// E = M M^T - I and its like, and their gradients, for one group: matrices of one shape and dtype
+// (maths: decomp_kernels/reference/gram.py).
 
 #include "../cpu/gram.h"
 
@@ -99,7 +99,8 @@ Tensor gram_bwd(std::vector<Tensor> matrices, Tensor residual, Tensor factor, bo
 
 STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
   m.def(
-      "gram_fwd(Tensor[] matrices, bool of_rows, bool identity) -> (Tensor residual, Tensor squared)");
+      "gram_fwd(Tensor[] matrices, bool of_rows, bool identity) "
+      "-> (Tensor residual, Tensor squared)");
   m.def("gram_bwd(Tensor[] matrices, Tensor residual, Tensor factor, bool of_rows) -> Tensor");
 }
 

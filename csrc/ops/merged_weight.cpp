@@ -1,4 +1,4 @@
-// merged_weight: the weight of the plain linear that an adapted layer is (maths: merged_weight of
+// out_scale * (W + scale * B core A) * in_scale (maths: merged_weight of
 // decomp_kernels/reference/decomposed_linear.py).
 
 #include "../cpu/merged_weight.h"
@@ -23,7 +23,8 @@ int64_t check_all(const Checks& check, const Tensor& weight, const OptionalTenso
                   const OptionalTensor& in_scale, const OptionalTensor& out_scale) {
   check.tensor(weight, "weight", {-1, -1});
   const int64_t N = weight.size(0), K = weight.size(1);
-  check.that(down.has_value() == up.has_value(), "down and up come together: give both, or neither");
+  check.that(down.has_value() == up.has_value(),
+             "down and up come together: give both, or neither");
   check.that(down || !core, "core scales the low-rank branch: give down and up with it");
   check.tensor(down, "down", {-1, K});
   const int64_t r = down ? down->size(0) : 0;

@@ -1,4 +1,4 @@
-// squared_rows, row_norm_fwd, row_norm_bwd: DoRA's norm (maths: decomp_kernels/reference/row_norm.py).
+// n_j = ||(W + scale * B A)_j|| and its gradients (maths: decomp_kernels/reference/row_norm.py).
 
 #include "../cpu/row_norm.h"
 
@@ -35,9 +35,10 @@ Shapes check_low_rank(const Checks& check, const Tensor& weight, const Tensor& d
   check.tensor(weight, "weight", {-1, -1});
   check.tensor(down, "down", {-1, weight.size(1)});
   check.tensor(up, "up", {weight.size(0), down.size(0)});
+  const Dtype large = check.floating(weight, "weight", check.on_cuda());
+  const Dtype small = check.floating(down, "down", check.on_cuda());
   check.dtype(up, "up", down.scalar_type());
-  return {weight.size(0), weight.size(1), down.size(0), check.floating(weight, "weight", check.on_cuda()),
-          check.floating(down, "down", check.on_cuda())};
+  return {weight.size(0), weight.size(1), down.size(0), large, small};
 }
 
 void check_vector(const Checks& check, const Tensor& t, const char* name, int64_t N) {
@@ -203,10 +204,11 @@ std::tuple<Tensor, Tensor> row_norm_bwd_cuda(Tensor d_norm, Tensor norm, Tensor 
 STABLE_TORCH_LIBRARY_FRAGMENT(decomp_kernels_native, m) {
   m.def("squared_rows(Tensor weight) -> Tensor");
   m.def(
-      "row_norm_fwd(Tensor weight, Tensor weight_sq, Tensor down, Tensor up, float scale) -> Tensor");
+      "row_norm_fwd(Tensor weight, Tensor weight_sq, Tensor down, Tensor up, float scale) "
+      "-> Tensor");
   m.def(
-      "row_norm_bwd(Tensor d_norm, Tensor norm, Tensor weight, Tensor down, Tensor up, float scale) "
-      "-> (Tensor d_down, Tensor d_up)");
+      "row_norm_bwd(Tensor d_norm, Tensor norm, Tensor weight, Tensor down, Tensor up, "
+      "float scale) -> (Tensor d_down, Tensor d_up)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CPU, m) {

@@ -94,12 +94,13 @@ def cells(
     most: multiplications of the base product, above which a cell is left out.
     """
     for dtype, M, (N, K), r in product(dtypes, tokens, layers, ranks):
-        if not r and M * N * K <= most:
-            yield Cell(M, N, K, r, dtype=dtype)
+        if M * N * K > most:
+            continue
         if not r:
+            yield Cell(M, N, K, r, dtype=dtype)
             continue
         for wide, dropout, by_scale in product((False, True), (0.0, 0.05), scaled):
-            if not (wide and dtype == "float32") and M * N * K <= most:
+            if not (wide and dtype == "float32"):
                 yield Cell(M, N, K, r, dropout, wide, dtype, by_scale)
 
 

@@ -1,4 +1,4 @@
-"""Quantised weights to dense ones, the definition.  w = level[code] * absmax, or code * (absmax / 127)
+"""Quantised weights, the definition.  w = level[code] * absmax, or code * (absmax / 127)
 
     "nf4"   4-bit NormalFloat (QLoRA, arXiv 2305.14314, appendix E).  uint8, two codes a byte, the
             first in the high four bits; elements in row-major order.  One absmax for each block of

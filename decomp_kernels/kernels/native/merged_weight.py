@@ -19,12 +19,13 @@ def merged_weight(
     scale: float,
 ) -> Tensor:
     """[N, K] in W's dtype, rounded once."""
-    low_rank = down is not None and up is not None
+    if down is None or up is None:
+        down = up = core = None
     return native_library.ops().merged_weight(
         weight.contiguous(),
-        down.contiguous() if low_rank else None,
-        up.contiguous() if low_rank else None,
-        _vector(core) if low_rank else None,
+        None if down is None else down.contiguous(),
+        None if up is None else up.contiguous(),
+        _vector(core),
         _vector(in_scale),
         _vector(out_scale),
         scale,
