@@ -4,8 +4,8 @@
 //     ldmatrix_x4        four 8 x 8 matrices of 16-bit elements from shared memory
 //     mma_m16n8k16       d [16, 8] += a [16, 16] b [16, 8], float32 sums of bf16 or fp16 products
 //
-// sm_80 and later.  The one file with inline PTX; on the host tests/native/cuda_on_host.h defines the
-// same functions.
+// sm_80 and later.  The one file with inline PTX; on the host tests/native/cuda_on_host.h defines
+// the same functions.
 
 #pragma once
 
@@ -65,7 +65,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 }
 
 // a: (g, 2t) (g + 8, 2t) (g, 2t + 8) (g + 8, 2t + 8), each with the next column
-// b: (2t, g) (2t + 8, g), each with the next row      d: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
+// b: (2t, g) (2t + 8, g), each with the next row
+// d: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1)
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                              uint32_t b1);
@@ -117,8 +118,10 @@ __device__ __forceinline__ uint4 load_streaming_16(const void* global) {
 
 // 16 bytes that nothing reads again soon.
 __device__ __forceinline__ void store_streaming_16(void* global, uint4 value) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(global)),
-               "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(global)), "r"(value.x), "r"(value.y), "r"(value.z),
+                 "r"(value.w)
                : "memory");
 }
 

@@ -8,7 +8,8 @@
 //
 // Scale and the kept fraction are the caller's to put into v and dt.  Matrices have one dtype, bf16
 // or fp16, columns beside each other and any stride between rows; vectors may be float32.  Null is
-// "not there"; an output overlaps nothing else.  Definition: decomp_kernels/reference/decomposed_linear.py.
+// "not there"; an output overlaps nothing else.
+// Definition: decomp_kernels/reference/decomposed_linear.py.
 
 #pragma once
 
@@ -73,12 +74,14 @@ inline bool whole(const void* data, int64_t stride, int64_t cols) {
 }
 
 inline bool vector_fits(const MmaVector& v, Dtype own) {
-  const bool aligned = reinterpret_cast<uintptr_t>(v.data) % (v.dtype == Dtype::kFloat ? 4 : 2) == 0;
+  const uintptr_t bytes = v.dtype == Dtype::kFloat ? 4 : 2;
+  const bool aligned = reinterpret_cast<uintptr_t>(v.data) % bytes == 0;
   return !v.data || (aligned && (v.dtype == Dtype::kFloat || v.dtype == own));
 }
 
 // What holds for both forms.  An empty tensor's address may well be null.
-inline const char* why_not_sizes(Dtype dtype, int64_t M, int64_t N, int64_t K, int64_t r, int arch) {
+inline const char* why_not_sizes(Dtype dtype, int64_t M, int64_t N, int64_t K, int64_t r,
+                                 int arch) {
   const bool sizes_fit = size_fits(M) && size_fits(N) && size_fits(K) && size_fits(r);
   if (arch < 80) return "mma.sync with cp.async needs sm_80 or later";
   if (dtype == Dtype::kFloat) return "the matrices must be bf16 or fp16";

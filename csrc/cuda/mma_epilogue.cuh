@@ -13,7 +13,7 @@
 
 namespace decomp_kernels::cuda {
 
-// A row of staged sums: 8 modulo 32 banks, so that the fragments' stores of two floats do not collide.
+// A row of staged sums: 8 modulo 32 banks, so that the fragments' stores never collide.
 inline constexpr int kStagedRow = kWarpCols + 8;
 
 template <typename T>
@@ -32,7 +32,8 @@ struct MmaColumns {
     return wide ? static_cast<const float*>(data)[col] : to_float(static_cast<const T*>(data)[col]);
   }
   // Of the first count columns from col on; ``other`` where there is nothing.
-  __device__ __forceinline__ void read(float (&out)[kChunk], int col, int count, float other) const {
+  __device__ __forceinline__ void read(float (&out)[kChunk], int col, int count,
+                                       float other) const {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) out[i] = data && i < count ? at(col + i) : other;
   }

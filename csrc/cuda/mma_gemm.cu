@@ -1,5 +1,5 @@
-// Launches of the mma.sync kernels: from arguments to instances, for bf16 and fp16, three tiles, and
-// the input gradient with and without dropout.
+// Launches of the mma.sync kernels: the forward, and the input gradient with and without dropout,
+// for bf16 and fp16 and three tiles.
 
 #include "mma_gemm.h"
 
@@ -27,7 +27,7 @@ struct Launcher {
 template <typename Arguments>
 cudaError_t launch_any(const Arguments& a, int64_t cols, void* workspace, int device_sms,
                        cudaStream_t stream) {
-  // What why_not says of the device is for the caller to ask: on an older one the launch fails itself.
+  // What why_not says of the device is for the caller to ask: on an older one the launch fails.
   const bool refused = why_not(a, 80), lacks_memory = workspace_bytes(a) && !workspace;
   if (refused || lacks_memory) return cudaErrorInvalidValue;
   return cudaError_t(with_launches(a, choose_tile(a.M, cols, device_sms),

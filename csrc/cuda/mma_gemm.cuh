@@ -104,7 +104,8 @@ template <typename T, typename Launch>
 int forward_of(const MmaForward& a, TileChoice choice, const Launch& launch) {
   const auto product =
       product_of(operand_of<T>(a.v, a.M, a.r), operand_of<T>(a.up, a.N, a.r),
-                 operand_of<T>(a.x, a.M, a.K), operand_of<T>(a.weight, a.N, a.K), a.M, a.N, a.r, a.K);
+                 operand_of<T>(a.x, a.M, a.K), operand_of<T>(a.weight, a.N, a.K),
+                 a.M, a.N, a.r, a.K);
   const ForwardEpilogue<T> epilogue{rows_of<T>(a.addend), columns_of<T>(a.out_scale),
                                     columns_of<T>(a.bias), rows_of<T>(a.y), rows_of<T>(a.z)};
   return with_tile<false>(choice, product, NoMask{}, epilogue, launch);
@@ -132,7 +133,7 @@ int with_launches(const MmaForward& a, TileChoice choice, float*, const Launch& 
                                  : forward_of<bf16>(a, choice, launch);
 }
 
-// Every launch of the input gradient.  parts: workspace_bytes(a) of memory, or null where that is 0.
+// Every launch of the input gradient.  parts: workspace_bytes(a) of memory, null where that is 0.
 template <typename Launch>
 int with_launches(const MmaInputGradient& a, TileChoice choice, float* parts,
                   const Launch& launch) {

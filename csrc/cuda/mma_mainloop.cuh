@@ -3,9 +3,9 @@
 //     left_p [rows, inner_p]     right_p [cols, inner_p], or [inner_p, cols] where kTransposed
 //
 // kStages steps are in shared memory, kStages - 1 of them under way while one is multiplied.  The
-// rank pair is step 0 on; its last step is followed by the dropout mask, on float32 sums in registers,
-// before the base pair is added on top.  Chunks that reach past a matrix are filled with zeros, so any
-// rank is padded in shared memory only.
+// rank pair is step 0 on; its last step is followed by the dropout mask, on float32 sums in
+// registers, before the base pair is added on top.  Chunks that reach past a matrix are filled with
+// zeros, so any rank is padded in shared memory only.
 
 #pragma once
 
@@ -99,11 +99,12 @@ __device__ __forceinline__ void load_step(T* stage, const MmaProduct<T>& product
                                           Place corner) {
   const Step at = step_place(step, product.rank_steps);
   const MmaOperand<T>&left = product.left[at.pair], &right = product.right[at.pair];
+  T* right_tile = stage + Tile::kLeft;
   load_tile<Tile::kRows, kDepth, Tile::kThreads>(stage, left, corner.row, at.first);
   if constexpr (kTransposed)
-    load_tile<kDepth, Tile::kCols, Tile::kThreads>(stage + Tile::kLeft, right, at.first, corner.col);
+    load_tile<kDepth, Tile::kCols, Tile::kThreads>(right_tile, right, at.first, corner.col);
   else
-    load_tile<Tile::kCols, kDepth, Tile::kThreads>(stage + Tile::kLeft, right, corner.col, at.first);
+    load_tile<Tile::kCols, kDepth, Tile::kThreads>(right_tile, right, corner.col, at.first);
 }
 
 // The sixteen of a stage's depth from ``depth`` on, for the warp whose corner in the tile this is.
@@ -215,7 +216,8 @@ __device__ __forceinline__ void multiply_tile(Sums<Tile>& sums, T* shared,
 
     cp_async_wait<Tile::kStages - 2>();
     __syncthreads();
-    const bool more = step + 1 < product.steps, masked = Mask::kMasks && step + 1 == product.rank_steps;
+    const bool more = step + 1 < product.steps;
+    const bool masked = Mask::kMasks && step + 1 == product.rank_steps;
     if (more && !masked) load_fragments<Tile, kTransposed>(fragments[0], stage(step + 1), 0, warp);
     multiply<T>(sums, fragments[1]);
     if constexpr (Mask::kMasks)

@@ -1,6 +1,6 @@
 // Where each block, step and 16-byte chunk of the mma.sync product belongs.
 //
-//     C [rows, cols] = rank pair, then base pair      one block a tile of C, one step kDepth of a pair
+//     C [rows, cols] = rank pair, then base pair    a block: a tile of C    a step: kDepth of a pair
 //
 // Pure index arithmetic, for host and device alike.
 
@@ -49,7 +49,7 @@ struct Place {
   int row, col;
 };
 
-// Row and column of a tile.  kTileGroup rows of tiles go together: they share what the L2 cache has.
+// Row and column of a tile.  kTileGroup rows of tiles go together: they share what is in the L2.
 DK_HOST_DEVICE Place tile_place(int64_t tile, int64_t row_tiles, int64_t col_tiles) {
   const int64_t first = tile / (kTileGroup * col_tiles) * kTileGroup;
   const int64_t within = tile % (kTileGroup * col_tiles);
@@ -66,8 +66,8 @@ DK_HOST_DEVICE Step step_place(int step, int rank_steps) {
   return step < rank_steps ? Step{0, step * kDepth} : Step{1, (step - rank_steps) * kDepth};
 }
 
-// The element of a shared tile [.., kChunks * 8] at which a chunk of a row begins.  Eight rows at one
-// chunk, which ldmatrix reads at once, lie in eight different groups of four banks.
+// The element of a shared tile [.., kChunks * 8] at which a chunk of a row begins.  Eight rows at
+// one chunk, which ldmatrix reads at once, lie in eight different groups of four banks.
 template <int kChunks>
 DK_HOST_DEVICE int swizzled(int row, int chunk) {
   static_assert(kChunks == 4 || kChunks % 8 == 0);

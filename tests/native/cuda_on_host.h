@@ -1,15 +1,15 @@
 // CUDA on the host: a kernel's own source, compiled by a C++ compiler and run thread by thread.
 //
-//     g++ -std=c++20 -ffp-contract=off -fno-gnu-unique -include cuda_on_host.h ...     (emulator.py)
+//     g++ -std=c++20 -ffp-contract=off -fno-gnu-unique -include cuda_on_host.h ...    (emulator.py)
 //
 //     cuda_on_host::Memory memory;
 //     const float* x = memory.input(host_x, n);
 //     float* y = memory.output(host_y, n);
-//     cuda_on_host::launch({.grid = {blocks}, .block = {256}, .seed = seed}, [&] { kernel(x, y, n); });
+//     cuda_on_host::launch({.grid = {blocks}, .block = {256}}, [&] { kernel(x, y, n); });
 //     return memory.finish();                     // nullptr, or what went wrong as text
 //
-// Every thread of a block is a fiber of one thread of the host; the blocks run one after another, in
-// an order that the seed shuffles, and the warps of a block in an order that it shuffles between
+// Every thread of a block is a fiber of one thread of the host; the blocks run one after another,
+// in an order that the launch's seed shuffles, as it does the order of a block's warps between
 // barriers.  What is an error here:
 //
 //     a barrier or a warp's collective that not every thread reaches          emulator_fibers.h
@@ -20,7 +20,7 @@
 // and what shows as NaN in the results: shared memory that nothing wrote, the target of a cp.async
 // before its wait, an output's element that nothing stored.
 //
-// Not modelled: time, caches, the order of sums inside a tensor core.  One library is one .cpp file;
+// Not modelled: time, caches, the order of sums inside a tensor core.  A library is one .cpp file;
 // -fno-gnu-unique keeps the shared arrays of several libraries in a process apart.
 // A static __shared__ array's bounds are checked under -fsanitize=bounds
 // -fsanitize-undefined-trap-on-error; all other arrays' always.

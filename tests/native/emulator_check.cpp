@@ -41,7 +41,7 @@ __global__ __launch_bounds__(128) void reduce_kernel(const float* x, float* sums
   }
 }
 
-// a: [16, 16]   b: [8, 16], transposed to [16, 8] by its fragments    b_rows: [16, 8], by ldmatrix.trans
+// a: [16, 16]   b: [8, 16], transposed by its fragments   b_rows: [16, 8], read by ldmatrix.trans
 template <typename T>
 __global__ void tile_kernel(const T* a, const T* b, const T* b_rows, float* d, float* d_rows,
                             int bug) {
@@ -75,8 +75,8 @@ __global__ void tile_kernel(const T* a, const T* b, const T* b_rows, float* d, f
   if (bug == 6) cp_async_16(s_a, a);                         // nothing waits for it
 }
 
-// y[i] = x[mirror of i in its block], through shared memory.  Each bug is a race that another order of
-// execution hides.
+// y[i] = x[mirror of i in its block], through shared memory.  Each bug is a race that another order
+// of execution hides.
 __global__ __launch_bounds__(128) void mirror_kernel(const float* x, float* y, int bug) {
   __shared__ float values[128];
   const int thread = int(threadIdx.x), first = int(blockIdx.x) * 128;

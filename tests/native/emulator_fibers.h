@@ -28,7 +28,8 @@ struct Context {
 
 #if defined(CUDA_ON_HOST_X86)
 // The registers that a call preserves go on the old stack and come from the new one.
-__attribute__((naked, noinline, unused, no_sanitize("thread"))) static void switch_stacks(void** /*from*/, void* /*to*/) {
+__attribute__((naked, noinline, unused, no_sanitize("thread"))) static void switch_stacks(
+    void** /*from*/, void* /*to*/) {
   asm volatile(
       "pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
       "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"

@@ -2,8 +2,8 @@
 //
 //     | guard page | slack of 0xFF | array, 16-byte aligned | < 16 bytes of slack | guard page |
 //
-// A fault inside a launch ends it with a message.  The slack is NaN to whoever reads it and is looked
-// at after the launch; an input is read-only while kernels run.
+// A fault inside a launch ends it with a message.  The slack is NaN to whoever reads it and is
+// looked at after the launch; an input is read-only while kernels run.
 
 #pragma once
 
@@ -72,7 +72,7 @@ static std::vector<const Guarded*> global_arrays;        // to name the one that
 static std::string failure;                              // the first of this Memory's launches
 static int64_t bank_conflicts = 0;                       // of ldmatrix, in the last launch
 
-// An array is 16-byte aligned if its shift is 0: it begins ``shift`` elements after such an address.
+// An array begins ``shift`` elements after an address that is 16-byte aligned.
 class Memory {
  public:
   Memory() {
@@ -105,7 +105,8 @@ class Memory {
       if (failure.empty() && !array.guarded->slack_is_whole())
         failure = "a store beside an array of " + std::to_string(array.guarded->bytes) + " bytes";
       if (array.out)
-        std::memcpy(array.out, array.guarded->data + array.before, array.guarded->bytes - array.before);
+        std::memcpy(array.out, array.guarded->data + array.before,
+                    array.guarded->bytes - array.before);
     }
     return failure.empty() ? nullptr : failure.c_str();
   }
@@ -172,7 +173,8 @@ inline void on_fault(int signal, siginfo_t* info, void*) {
     fail("byte " + std::to_string(offset) + " of " + kind + " of " + std::to_string(array.bytes) +
          " bytes");
   };
-  if (dynamic_memory && dynamic_memory->near(place)) where(*dynamic_memory, "dynamic shared memory");
+  if (dynamic_memory && dynamic_memory->near(place))
+    where(*dynamic_memory, "dynamic shared memory");
   for (const Guarded* array : global_arrays)
     if (array->near(place)) where(*array, "an array");
   fail("an access to memory that no array is near");
@@ -221,7 +223,8 @@ inline bool launch(const Launch& how, const std::function<void()>& body) {
   watch(shared.data, shared.bytes, false, "dynamic shared memory");
   watch(static_memory.first, static_memory.second, false, "static shared memory");
   for (const Guarded* array : global_arrays)
-    watch(array->data, array->bytes, true, "an array of " + std::to_string(array->bytes) + " bytes");
+    watch(array->data, array->bytes, true,
+          "an array of " + std::to_string(array->bytes) + " bytes");
 #endif
   bank_conflicts = 0;
   block.error.clear();

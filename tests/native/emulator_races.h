@@ -1,8 +1,8 @@
 // Races: two threads at one byte, one of them storing, with no barrier between.
 //
-// Compiled with -fsanitize=thread and linked without it, every load and store of the kernels calls a
-// function that is defined here.  A byte remembers its last store and its last loads; an access is in
-// order with an earlier one of
+// Compiled with -fsanitize=thread and linked without it, every load and store of the kernels calls
+// a function that is defined here.  A byte remembers its last store and its last loads; an access
+// is in order with an earlier one of
 //
 //     the same thread            always
 //     a thread of the warp       if the whole warp met in __syncwarp() since
@@ -165,11 +165,11 @@ inline void note_warp_barrier(int) {}
 // What the compiler calls.
 #define CUDA_ON_HOST_HOOK extern "C" CUDA_ON_HOST_UNSEEN __attribute__((visibility("default"))) void
 #define CUDA_ON_HOST_SIZE(bytes)                                                                   \
-  CUDA_ON_HOST_HOOK __tsan_read##bytes(void* p) { cuda_on_host::note(p, bytes, false); }            \
-  CUDA_ON_HOST_HOOK __tsan_write##bytes(void* p) { cuda_on_host::note(p, bytes, true); }            \
-  CUDA_ON_HOST_HOOK __tsan_volatile_read##bytes(void* p) { cuda_on_host::note(p, bytes, false); }   \
-  CUDA_ON_HOST_HOOK __tsan_volatile_write##bytes(void* p) { cuda_on_host::note(p, bytes, true); }   \
-  CUDA_ON_HOST_HOOK __tsan_unaligned_read##bytes(void* p) { cuda_on_host::note(p, bytes, false); }  \
+  CUDA_ON_HOST_HOOK __tsan_read##bytes(void* p) { cuda_on_host::note(p, bytes, false); }           \
+  CUDA_ON_HOST_HOOK __tsan_write##bytes(void* p) { cuda_on_host::note(p, bytes, true); }           \
+  CUDA_ON_HOST_HOOK __tsan_volatile_read##bytes(void* p) { cuda_on_host::note(p, bytes, false); }  \
+  CUDA_ON_HOST_HOOK __tsan_volatile_write##bytes(void* p) { cuda_on_host::note(p, bytes, true); }  \
+  CUDA_ON_HOST_HOOK __tsan_unaligned_read##bytes(void* p) { cuda_on_host::note(p, bytes, false); } \
   CUDA_ON_HOST_HOOK __tsan_unaligned_write##bytes(void* p) { cuda_on_host::note(p, bytes, true); }
 CUDA_ON_HOST_SIZE(1)
 CUDA_ON_HOST_SIZE(2)

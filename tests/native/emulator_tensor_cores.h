@@ -1,12 +1,12 @@
 // ldmatrix and mma.sync on the host, by the fragment layouts of the PTX ISA (9.7.14, warp-level
 // matrix instructions).  With g = lane / 4 and t = lane % 4, registers of two 16-bit elements:
 //
-//     A [16, 16]   a0 (g, 2t)   a1 (g + 8, 2t)   a2 (g, 2t + 8)   a3 (g + 8, 2t + 8)   and the next column
-//     B [16, 8]    b0 (2t, g)   b1 (2t + 8, g)                                         and the next row
+//     A [16, 16]   a0 (g, 2t)   a1 (g + 8, 2t)   a2 (g, 2t + 8)   a3 (g + 8, 2t + 8)   and col + 1
+//     B [16, 8]    b0 (2t, g)   b1 (2t + 8, g)                                         and row + 1
 //     C [16, 8]    c0 (g, 2t)   c1 (g, 2t + 1)   c2 (g + 8, 2t)   c3 (g + 8, 2t + 1)   float32
 //
-// ldmatrix: lane 8 i + j gives the address of row j of the 8 x 8 matrix i; r_i is (g, 2t) and the next
-// column of matrix i, or with .trans (2t, g) and the next row.
+// ldmatrix: lane 8 i + j gives the address of row j of the 8 x 8 matrix i; r_i is (g, 2t) and the
+// next column of matrix i, or with .trans (2t, g) and the next row.
 
 #pragma once
 

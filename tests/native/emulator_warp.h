@@ -52,7 +52,8 @@ T __shfl_sync(unsigned mask, T value, int from, int width = 32, CUDA_ON_HOST_SIT
           Pair mine, other;
           std::memcpy(&mine, given[lane], sizeof mine);
           const int source = (lane & ~(width - 1)) | (mine.from & (width - 1));
-          if (!(mask >> source & 1)) cuda_on_host::fail("__shfl_sync: a lane outside the mask read");
+          if (!(mask >> source & 1))
+            cuda_on_host::fail("__shfl_sync: a lane outside the mask read");
           std::memcpy(&other, given[source], sizeof other);
           std::memcpy(taken[lane], &other.value, sizeof(T));
         }

@@ -1,8 +1,8 @@
 // csrc/cuda/mma_gemm.cuh on the host: the kernels' own source, instances chosen as for a launch.
 //
 // The tests pass the arguments' own structs, with pointers to host memory.  ``choice`` is the tile,
-// ``order`` the seed of the order of blocks and warps, ``shift`` how many elements after a multiple of
-// 16 bytes every array begins.  A message or null comes back.
+// ``order`` the seed of the order of blocks and warps, ``shift`` how many elements after a multiple
+// of 16 bytes every array begins.  A message or null comes back.
 
 #include "mma_gemm.cuh"
 
@@ -39,8 +39,8 @@ struct Arrays {
             m.stride};
   }
   MmaOutput out(const MmaOutput& m, int64_t rows, int64_t cols) {  // what is between rows stays
-    return {memory.in_and_output(static_cast<uint16_t*>(m.data), count(rows, cols, m.stride), shift),
-            m.stride};
+    auto* data = static_cast<uint16_t*>(m.data);
+    return {memory.in_and_output(data, count(rows, cols, m.stride), shift), m.stride};
   }
   MmaVector in(const MmaVector& v, int64_t size) {
     if (v.dtype == Dtype::kFloat)
