@@ -6,19 +6,20 @@ namespace decomp_kernels::cuda {
 
 namespace {
 
+// The larger rank of what is asked for; 1 without u and c.
+int64_t walk_rank(const ColumnWalk& args) {
+  const int64_t of_u = args.u ? args.R : 0, of_c = args.c ? args.L : 0;
+  return of_u > of_c ? of_u : of_c > 0 ? of_c : 1;
+}
+
 ColumnWalkPlan walk_plan(const ColumnWalk& args, int BR, int cols, int device_sms) {
-  const int64_t ranks = args.R > args.L ? args.R : args.L;
-  const int64_t rank_blocks = ranks > BR ? ceil_div(ranks, BR) : 1;
+  const int64_t rank_blocks = ceil_div(walk_rank(args), BR);
   const int64_t strips = ceil_div(args.N, cols), steps = ceil_div(args.M, kWalkRows);
   int64_t shares = ceil_div(int64_t(kWalkBlocks) * device_sms, rank_blocks * strips);
   shares = shares > steps ? steps : shares;
   const int64_t m_share = ceil_div(steps, shares) * kWalkRows;
   shares = ceil_div(args.M, m_share);  // whole steps a share, none empty
   return {int(rank_blocks), int(strips), int(shares), m_share};
-}
-
-int64_t walk_rank(const ColumnWalk& args) {
-  return args.u && args.R > (args.c ? args.L : 0) ? args.R : args.c ? args.L : 1;
 }
 
 Dtype walk_small(const ColumnWalk& args) {

@@ -110,7 +110,8 @@ __device__ __forceinline__ void add_groups(float (&shared)[GROUPS][COLS], const 
 }
 
 template <typename T, typename S, int BR>
-__global__ __launch_bounds__(kWalkThreads, kWalkBlocks) void column_walk(ColumnWalkCall<T, S> call) {
+__global__ __launch_bounds__(kWalkThreads, kWalkBlocks) void column_walk(
+    ColumnWalkCall<T, S> call) {
   using Shared = WalkShared<T, S, BR>;
   constexpr int kCols = Shared::kCols, kStages = Shared::kStages;
   static_assert(sizeof(Shared) <= kMostShared);

@@ -35,7 +35,8 @@ struct ColumnWalk {
 // nullptr, or why there is no kernel for it.  arch: 10 * major + minor of the compute capability.
 const char* why_not(const ColumnWalk& args, int arch);
 
-// Partial results: of u for each strip of columns, of c, s and p for each share of the rows.
+// Partial results: of u for each strip of columns, of c, s and p for each share of the rows, which
+// are as many as device_sms asks for: the same bits each time are those of one device.
 // For the arguments of the launch, results included.
 size_t workspace_bytes(const ColumnWalk& args, int device_sms);
 

@@ -66,7 +66,8 @@ __device__ __forceinline__ void finish(const DownProjectionCall<T, S>& call, int
 }
 
 template <typename T, typename S, int BR>
-__global__ __launch_bounds__(kDownThreads, kDownBlocks) void down_projection(DownProjectionCall<T, S> call) {
+__global__ __launch_bounds__(kDownThreads, kDownBlocks) void down_projection(
+    DownProjectionCall<T, S> call) {
   using Shared = DownShared<T, S, BR>;
   constexpr int kDepth = Shared::kDepth, kStages = Shared::kStages;
   static_assert(sizeof(Shared) <= kMostShared);

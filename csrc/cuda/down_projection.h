@@ -26,8 +26,9 @@ struct DownProjection {
 // nullptr, or why there is no kernel for it.  arch: 10 * major + minor of the compute capability.
 const char* why_not(const DownProjection& args, int arch);
 
-// Few rows leave multiprocessors idle, so K is split among blocks; their sums pass through
-// here.  For the arguments of the launch, results included.
+// Few rows leave multiprocessors idle, so K is split among blocks, and their sums pass through
+// here.  How many there are depends on device_sms: the same bits each time are those of one device.
+// For the arguments of the launch, results included.
 size_t workspace_bytes(const DownProjection& args, int device_sms);
 
 cudaError_t launch(const DownProjection& args, void* workspace, int device_sms,

@@ -5,9 +5,8 @@
 // is rounded to 16 bits itself).  On the ordinary float32 units for everything else.
 //
 // The tensor cores cut the bits that a running sum cannot hold instead of rounding, which adds up
-// along a long sum.  Where operands have parts, so where float32's precision is asked for, each
-// tile is summed from zero, the low parts first, and that sum is added to the running one by an
-// ordinary addition.
+// along a long sum.  So each tile is summed from zero, the low parts first, and that sum is added to
+// the running one by an ordinary addition.
 
 #pragma once
 
@@ -42,24 +41,20 @@ struct Sum {
     constexpr int kSummed = A == Layout::kSummedLast ? COLS_A : ROWS_A;
     static_assert(kSummed == (B == Layout::kSummedLast ? COLS_B : ROWS_B) && kSummed % 16 == 0);
     if (warp_id() >= WARPS_I * WARPS_J) return;
-    if constexpr (PARTS_A == 1 && PARTS_B == 1) {
-      add_parts<A, B, kSummed>(sum, a.at[0], b.at[0]);
-    } else {
-      Fragments fresh{};
-      constexpr int kParts = PARTS_A > PARTS_B ? PARTS_A : PARTS_B;
+    Fragments fresh{};
+    constexpr int kParts = PARTS_A > PARTS_B ? PARTS_A : PARTS_B;
 #pragma unroll
-      for (int both = kParts - 1; both >= 0; --both)
+    for (int both = kParts - 1; both >= 0; --both)
 #pragma unroll
-        for (int p = 0; p < PARTS_A; ++p)
-          if (both - p >= 0 && both - p < PARTS_B)
-            add_parts<A, B, kSummed>(fresh, a.at[p], b.at[both - p]);
+      for (int p = 0; p < PARTS_A; ++p)
+        if (both - p >= 0 && both - p < PARTS_B)
+          add_parts<A, B, kSummed>(fresh, a.at[p], b.at[both - p]);
 #pragma unroll
-      for (int i = 0; i < kTilesI; ++i)
+    for (int i = 0; i < kTilesI; ++i)
 #pragma unroll
-        for (int j = 0; j < kTilesJ; ++j)
+      for (int j = 0; j < kTilesJ; ++j)
 #pragma unroll
-          for (int n = 0; n < 4; ++n) sum.at[i][j][n] += fresh.at[i][j][n];
-    }
+        for (int n = 0; n < 4; ++n) sum.at[i][j][n] += fresh.at[i][j][n];
   }
 
   // f(i, j, value) of every element that this thread holds.
