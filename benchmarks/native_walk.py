@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from decomp_kernels.kernels import composition, gemm
-from decomp_kernels.kernels.native import library
+from decomp_kernels import native_library
 from decomp_kernels.reference.decomposed_linear import Gradients
 from decomp_kernels.reference.dropout import kept_fraction
 
@@ -59,7 +59,7 @@ def layer(M: int, K: int, N: int, r: int, wide: torch.dtype, small: torch.dtype)
 
 
 def project(a: Layer, p: float) -> Pair:
-    ops, seed = library.ops(), a.seed if p else None
+    ops, seed = native_library.ops(), a.seed if p else None
 
     def aten() -> object:
         t = composition.project_dropped(a.x, a.down, seed, p)
@@ -70,7 +70,7 @@ def project(a: Layer, p: float) -> Pair:
 
 def expand(a: Layer, p: float) -> Pair:
     """The branch's part of d_X."""
-    ops, seed, dtype = library.ops(), a.seed if p else None, a.x.dtype
+    ops, seed, dtype = native_library.ops(), a.seed if p else None, a.x.dtype
 
     def native() -> object:
         dt = a.t * (1.0 / kept_fraction(p)) if p else a.t
@@ -83,7 +83,7 @@ def expand(a: Layer, p: float) -> Pair:
 
 
 def expand_forward(a: Layer) -> Pair:
-    ops, dtype = library.ops(), a.x.dtype
+    ops, dtype = native_library.ops(), a.x.dtype
     return (
         lambda: gemm.expand(a.t, a.up.T, a.bias, dtype),
         lambda: ops.up_expansion(a.t, a.up.T.contiguous(), a.bias, None, None, 0.0, dtype),
@@ -91,7 +91,7 @@ def expand_forward(a: Layer) -> Pair:
 
 
 def down_gradient(a: Layer, p: float) -> Pair:
-    ops, seed = library.ops(), a.seed if p else None
+    ops, seed = native_library.ops(), a.seed if p else None
 
     def native() -> object:
         dt = a.t * (1.0 / kept_fraction(p)) if p else a.t
@@ -106,7 +106,7 @@ def down_gradient(a: Layer, p: float) -> Pair:
 
 def over_dy(a: Layer, bias: bool, dora: bool) -> Pair:
     """dt and d_up; d_bias; g and d_out_scale."""
-    ops = library.ops()
+    ops = native_library.ops()
     s_o = a.out_scale if dora else None
 
     def aten() -> object:
@@ -157,9 +157,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.level:
-        library.ops().set_cpu_level(args.level)
+        native_library.ops().set_cpu_level(args.level)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
-    print(f"{args.threads} thread(s), {library.ops().cpu_level()}, torch {torch.__version__}")
+    print(f"{args.threads} thread(s), {native_library.ops().cpu_level()}, torch {torch.__version__}")
     print(
         f"{'kernel':26}{'M x K = N':>12}{'r':>4}  {'dtype':21}{'aten ms':>8}{'native':>8}{'ratio':>7}"
     )

@@ -9,15 +9,15 @@ import itertools
 import pytest
 import torch
 
-from decomp_kernels.kernels.native import library
+from decomp_kernels import native_library
 from decomp_kernels.reference.decomposed_linear import activate
 from decomp_kernels.reference.dropout import keep_mask, kept_fraction
 from decomp_kernels.testing import assert_as_good_as
 
-if why := library.why_not_loaded():
+if why := native_library.why_not_loaded():
     pytest.skip(why, allow_module_level=True)
 
-OPS = library.ops()
+OPS = native_library.ops()
 F32, B16 = torch.float32, torch.bfloat16
 LEVELS = ["generic", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [(F32, F32), (B16, B16), (B16, F32), (F32, B16)]  # of the large and of the small operands
