@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from decomp_kernels import native_library
 from decomp_kernels.kernels import gemm
 from decomp_kernels.kernels.native import dequantize as native
-from decomp_kernels import native_library
 from decomp_kernels.ops.dequantize import dequantize, op
 from decomp_kernels.reference.dequantize import LEVELS, block_size
 from decomp_kernels.testing import assert_as_good_as

@@ -11,8 +11,9 @@ import sys
 import pytest
 import torch
 
+from decomp_kernels import native_library
 from decomp_kernels.kernels.aten import gram as aten_gram
-from decomp_kernels.kernels.native import gram, library, merged_weight, row_norm
+from decomp_kernels.kernels.native import gram, merged_weight, row_norm
 from decomp_kernels.reference import decomposed_linear as merged_reference
 from decomp_kernels.reference import gram as gram_reference
 from decomp_kernels.reference import row_norm as reference
@@ -407,7 +408,8 @@ def test_schemas(level):
 AT_THE_EDGE = """
 import ctypes, mmap, sys
 import torch
-from decomp_kernels.kernels.native import dequantize, gram, library, merged_weight, row_norm
+from decomp_kernels import native_library
+from decomp_kernels.kernels.native import dequantize, gram, merged_weight, row_norm
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)

@@ -76,7 +76,7 @@ def test_down_projection(level, wide, small):
     for (M, K), r in itertools.product(SHAPES, RANKS):
         phi, has_core, scale, p = next(options)
         x, down, seed = of(wide, M, K), of(small, r, K).mul_(K**-0.5), torch.tensor(-M * r)
-        core = of(small, r) if has_core else None
+        core = of(torch.float32, r) if has_core else None
         t, v = OPS.down_projection(x, down, core, seed, scale, p, phi)
         name = f"{M} x {K}, r={r}, {phi}, core={has_core}, scale={scale}, p={p}"
 

@@ -5,5 +5,6 @@
 #ifdef __CUDACC__
 #define DK_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define DK_HOST_DEVICE inline
+// Never out of line: a copy that was compiled for one instruction set must not serve another.
+#define DK_HOST_DEVICE inline __attribute__((always_inline))
 #endif

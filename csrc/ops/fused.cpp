@@ -49,15 +49,12 @@ void check_form(const Checks& checks, const std::string& form) {
 
 #ifdef DK_HOPPER
 
-// Why the Hopper form cannot run; picks the tile shape, among those that are linked in.
+// Why the Hopper form cannot run.
 template <typename Args>
-const char* why_not_hopper(Args& args, HopperOp op, int64_t cols, int64_t inner, const Device& device) {
+const char* why_not_hopper(const Args& args, HopperOp op, const Device& device) {
   if (const char* why = why_not(args, device.arch())) return why;
-  args.shape = choose_shape(op, args.M, cols, inner, device.processors());
-  if (cuda::hopper_linked(op, args.dtype, args.shape)) return nullptr;
-  for (args.shape = 0; args.shape < kHopperShapes; ++args.shape)
-    if (cuda::hopper_linked(op, args.dtype, args.shape)) return nullptr;
-  return "the library was built without this instance (DECOMP_KERNELS_HOPPER_INSTANCES)";
+  const bool linked = cuda::hopper_linked(op, args.dtype) != 0;
+  return linked ? nullptr : "the library was built without it (DECOMP_KERNELS_HOPPER_INSTANCES)";
 }
 
 HopperForwardArgs hopper(const MmaForward& a) {
@@ -82,15 +79,13 @@ void run_mma(const Args& args, const Tensor& like, const Device& device) {
 }
 
 template <typename Args>
-void run(const Args& args, [[maybe_unused]] int64_t cols, [[maybe_unused]] int64_t inner,
-         const Tensor& like, const std::string& form, const Device& device) {
+void run(const Args& args, const Tensor& like, const std::string& form, const Device& device) {
 #ifdef DK_HOPPER
   if (form != "mma") {
     constexpr bool forward = std::is_same_v<Args, MmaForward>;
-    auto theirs = hopper(args);
+    const auto theirs = hopper(args);
     const char* why =
-        why_not_hopper(theirs, forward ? HopperOp::kForward : HopperOp::kInputGradient, cols, inner,
-                       device);
+        why_not_hopper(theirs, forward ? HopperOp::kForward : HopperOp::kInputGradient, device);
     if (form == "hopper") device.supported(why);
     if (why == nullptr) {
       const Tensor scratch = workspace(like, cuda::workspace_bytes(theirs));
@@ -142,7 +137,7 @@ std::tuple<Tensor, Tensor> fused_forward(
   args.bias = {pointer(bias)};
   args.y = {y.mutable_data_ptr(), N};
   if (keep_z) args.z = {z.mutable_data_ptr(), N};
-  if (M > 0 && N > 0) run(args, N, K, x, form, device);
+  if (M > 0 && N > 0) run(args, x, form, device);
   return {y, z};
 }
 
@@ -185,7 +180,7 @@ std::tuple<Tensor, Tensor> fused_input_gradient(
   }
   if (need_x) args.d_x = {d_x.mutable_data_ptr(), K};
   if (x) args.d_in_scale = static_cast<float*>(d_in_scale.mutable_data_ptr());
-  if (K > 0 && (need_x || x)) run(args, K, N, g, form, device);
+  if (K > 0 && (need_x || x)) run(args, g, form, device);
   return {d_x, d_in_scale};
 }
 

@@ -94,7 +94,7 @@ def cells(
     most: multiplications of the base product, above which a cell is left out.
     """
     for dtype, M, (N, K), r in product(dtypes, tokens, layers, ranks):
-        if M * N * K > most:
+        if most < M * N * K:
             continue
         if not r:
             yield Cell(M, N, K, r, dtype=dtype)
