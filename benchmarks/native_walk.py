@@ -163,7 +163,8 @@ def main() -> None:
         f"{args.threads} thread(s), {native_library.ops().cpu_level()}, torch {torch.__version__}"
     )
     print(
-        f"{'kernel':26}{'M x K = N':>12}{'r':>4}  {'dtype':21}{'aten ms':>8}{'native':>8}{'ratio':>7}"
+        f"{'kernel':26}{'M x K = N':>12}{'r':>4}  {'dtype':21}"
+        f"{'aten ms':>8}{'native':>8}{'ratio':>7}"
     )
     for name, dtypes in DTYPES.items():
         if args.dtype and args.dtype != name:
