@@ -9,8 +9,6 @@
 namespace decomp_kernels::cpu::DK_LEVEL {
 namespace {
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Rows of M in float32: M's own, or a copy in ``block``.
 const float* wide_rows(const float* M, int64_t, int64_t, float*) { return M; }
 

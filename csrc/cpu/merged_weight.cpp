@@ -9,8 +9,6 @@
 namespace decomp_kernels::cpu::DK_LEVEL {
 namespace {
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // out = scale * b * core, r numbers
 template <typename TA>
 void scaled(const TA* b, const float* core, float scale, float* out, int64_t r) {
@@ -27,10 +25,12 @@ void merged_rows(const MergedWeightArgs& a, int64_t unit) {
   const TX* W = static_cast<const TX*>(a.weight) + n * K;
   TX* out = static_cast<TX*>(a.out) + n * K;
   float* B = a.wide + n * r;
+  // Without a branch nothing is read there, but an offset to a null pointer would be undefined.
+  const TA* A = static_cast<const TA*>(r ? a.down : a.weight);
   if (a.up)
     for (int64_t m = 0; m < rows; ++m)
       scaled(static_cast<const TA*>(a.up) + (n + m) * r, a.core, a.scale, B + m * r, r);
-  outer_products(Left{B, 1, r}, rows, static_cast<const TA*>(a.down), K, r, 0, K,
+  outer_products(Left{B, 1, r}, rows, A, K, r, 0, K,
                  [&](int64_t m, int64_t k, Floats sum, auto lanes) {
                    Floats w = take(W + m * K + k, lanes);
                    if (a.up) w = w + sum;  // without a branch -0 stays -0

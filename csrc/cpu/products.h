@@ -23,6 +23,8 @@ inline constexpr int kDotRows = 3, kOuterRows = 4;  // of 16 registers 12 and 8 
 #endif
 inline constexpr int kDotCols = 4, kOuterVectors = 2;
 
+DK_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // All lanes, or the first n: a tile is written once for both.
 struct Whole {};
 struct Part {
@@ -162,14 +164,12 @@ template <typename TX>
 void self_products(const TX* x, int64_t K, int64_t r, int64_t begin, int64_t end, float* out) {
   constexpr int64_t kShort = 512;
   for (int64_t i = begin; i < end; i += kDotRows) {
-    const int64_t rows = end - i < kDotRows ? end - i : kDotRows;
+    const int64_t rows = smaller(end - i, kDotRows);
     const TX* from = x + i * K;
     float* o = out + i * r + i;
-    row_products(from, K, rows, from, K, r - i, K < kShort ? K : kShort, o, r);
-    for (int64_t k = kShort; k < K; k += kShort) {
-      const int64_t some = K - k < kShort ? K - k : kShort;
-      row_products<true>(from + k, K, rows, from + k, K, r - i, some, o, r);
-    }
+    row_products(from, K, rows, from, K, r - i, smaller(K, kShort), o, r);
+    for (int64_t k = kShort; k < K; k += kShort)
+      row_products<true>(from + k, K, rows, from + k, K, r - i, smaller(K - k, kShort), o, r);
   }
 }
 

@@ -17,8 +17,6 @@ namespace {
 // Of W, as much as one block of the backward reads twice: a quarter of a 1 MiB level-2 cache.
 constexpr int64_t kBlockBytes = 256 << 10;
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 template <typename TX, typename TA>
 struct Operands {
   explicit Operands(const RowNormArgs& a)
