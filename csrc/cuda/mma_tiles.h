@@ -1,6 +1,6 @@
 // Where each block, step and 16-byte chunk of the mma.sync product belongs.
 //
-//     C [rows, cols] = rank pair, then base pair    a block: a tile of C    a step: kDepth of a pair
+//     C [rows, cols] = rank pair, then base pair   a block: a tile of C   a step: kDepth of a pair
 //
 // Pure index arithmetic, for host and device alike.
 

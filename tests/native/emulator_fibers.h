@@ -273,20 +273,28 @@ inline void thread_main() {
   switch_context(self.context, next->context);
 }
 
-inline char* stack_of(int thread) {
-  static char* stacks = [] {
-    void* place = mmap(nullptr, kStackBytes * kMaxThreads, PROT_READ | PROT_WRITE,
+// A launch's stacks, with a page that faults at the end of each.  They go with the launch, since a
+// process may load many libraries of kernels, and the system limits how many such pages it has.
+class Stacks {
+ public:
+  explicit Stacks(int threads) : bytes_(kStackBytes * threads) {
+    void* place = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (place == MAP_FAILED) std::abort();
-    for (int i = 0; i < kMaxThreads; ++i)  // a page that faults at the end of each
-      mprotect(static_cast<char*>(place) + i * kStackBytes, 4096, PROT_NONE);
-    return static_cast<char*>(place);
-  }();
-  return stacks + size_t(thread) * kStackBytes;
-}
+    first_ = static_cast<char*>(place);
+    for (int i = 0; i < threads; ++i) mprotect(of(i), 4096, PROT_NONE);
+  }
+  Stacks(const Stacks&) = delete;
+  ~Stacks() { munmap(first_, bytes_); }
+  char* of(int thread) const { return first_ + size_t(thread) * kStackBytes; }
+
+ private:
+  char* first_;
+  size_t bytes_;
+};
 
 // Runs one block to its end, or to its first error.
-inline void run_block(const std::function<void()>& body, uint64_t random) {
+inline void run_block(const std::function<void()>& body, const Stacks& stacks, uint64_t random) {
   const int threads = int(block_extent.x * block_extent.y * block_extent.z);
   const int warps = (threads + kLanes - 1) / kLanes;
   block.fibers.resize(threads);
@@ -310,7 +318,7 @@ inline void run_block(const std::function<void()>& body, uint64_t random) {
     fiber.lane = i % kLanes;
     fiber.state = State::kReady;
     fiber.copies.assign(1, {});
-    start_context(fiber.context, stack_of(i), thread_main);
+    start_context(fiber.context, stacks.of(i), thread_main);
   }
   block.body = &body;
   block.waiting = block.done = 0;

@@ -230,12 +230,13 @@ inline bool launch(const Launch& how, const std::function<void()>& body) {
   block.error.clear();
   {
     const FaultHandlers handlers;
+    const Stacks stacks(int(how.block.x * how.block.y * how.block.z));
     for (uint32_t i : order) {
       block_index = {i % how.grid.x, i / how.grid.x % how.grid.y, i / (how.grid.x * how.grid.y)};
       shared.fill();
       std::memset(static_memory.first, kFill, static_memory.second);
       watching = true;
-      run_block(body, random ? draw(random) | 1 : 0);
+      run_block(body, stacks, random ? draw(random) | 1 : 0);
       watching = false;
       if (block.error.empty() && !shared.slack_is_whole())
         block.error = "block " + describe(block_index) + ": a store beside dynamic shared memory";
