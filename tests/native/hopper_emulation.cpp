@@ -1,13 +1,13 @@
 // The Hopper product walked on the host, through the same headers that the kernel is made of.
 //
-// A cluster's blocks are host threads: in each one that fetches and two that compute, with barriers
-// as shared memory has them.  Boxes of tensors go into stages as the copy engine moves them
-// (128-byte swizzle of addresses, zeros from outside), the accumulator is held by 128 threads'
-// registers as the matrix instructions hold it, products read their operands as late as they may,
-// and results leave by matrix stores and boxes that drop what is outside.  What the device is known to do is
-// written here from its documentation (hopper_machine.h too) and not taken from those headers; what
-// is where, how much, and in which order, is theirs.
-// Returns 0, or the number of the first thing seen to be wrong.
+// A cluster's blocks are host threads: in each one that fetches and two that compute, with
+// barriers as shared memory has them.  Boxes of tensors go into stages as the copy engine moves
+// them (128-byte swizzle of addresses, zeros from outside), the accumulator is held by 128
+// threads' registers as the matrix instructions hold it, products read their operands as late as
+// they may, and results leave by matrix stores and boxes that drop what is outside.  What the
+// device is known to do is written here from its documentation (hopper_machine.h too) and not
+// taken from those headers; what is where, how much, and in which order, is theirs.  Returns 0, or
+// the number of the first thing seen to be wrong.
 
 #include <limits>
 
