@@ -39,7 +39,7 @@ DK_HOST_DEVICE constexpr int store_row_offset(int thread, int store) {
 }
 
 // Column sums over the rows leave as one row of partial sums for each 64 rows, added afterwards
-// from the first to the last: no atomics, so the same bits every time.
+// in a fixed order: no atomics, so the same bits every time.
 DK_HOST_DEVICE int64_t partial_rows(int64_t rows) { return (rows + kGroupRows - 1) / kGroupRows; }
 DK_HOST_DEVICE int partial_row(int first_row) { return first_row / kGroupRows; }
 

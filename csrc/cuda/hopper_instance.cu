@@ -1,5 +1,9 @@
 // One instance of the Hopper product, the one numbered DK_HOPPER_INSTANCE (common/hopper_tiles.h).
-// Each is a translation unit of its own: they take tens of seconds each.
+// Each is a translation unit of its own, tens of seconds long, so that a build chooses and runs
+// them side by side; what is linked enters itself into the list (hopper_problem.h).
+//
+//     nvcc -std=c++20 -O3 -DNDEBUG --expt-relaxed-constexpr -gencode arch=compute_90a,code=sm_90a
+//          -I<CUTLASS>/include -DDK_HOPPER_INSTANCE=3 -c hopper_instance.cu -o hopper_3.o
 
 #include <algorithm>
 

@@ -3,10 +3,10 @@
 //     D [rows, cols] = left right + small_left small_right        (common/rank_loop.h)
 //
 // One thread keeps the ring full: for each tile, kDepth inner elements of the base pair a stage,
-// and of the small pair as further iterations of the same loop.  Two orders, by operation: the small
-// pair last (forward), or first, with the dropout mask on the accumulator between the two (input
-// gradient).  Here are the device's barriers and instructions; what is done with them, in which
-// order, is hopper_roles.h's.
+// and of the small pair as further iterations of the same loop.  Two orders, by operation: the
+// small pair last (forward), or first, with the dropout mask on the accumulator between the two
+// (input gradient).  Here are the device's barriers and instructions; what is done with them, in
+// which order, is hopper_roles.h's.
 
 #pragma once
 

@@ -26,10 +26,10 @@ FORWARD, INPUT_GRADIENT = 0, 1
 SMS = 6  # few processors, so that each takes several tiles
 
 
-def build(folder: Path, headers: Path = COMMON, warnings: str = "-Werror") -> ctypes.CDLL:
+def build(folder: Path, headers: Path = COMMON, *options: str) -> ctypes.CDLL:
     library = folder / "hopper_emulation.so"
     subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", warnings, "-shared", "-fPIC",
+        ["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", *options, "-shared", "-fPIC", "-pthread",
          f"-I{headers}", str(Path(__file__).with_name("hopper_emulation.cpp")), "-o", str(library)],
         check=True, capture_output=True, text=True,
     )  # fmt: skip

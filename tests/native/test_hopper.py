@@ -19,7 +19,7 @@ ENDS = ((), ("addend",), ("out_scale", "bias"), ("addend", "out_scale", "bias", 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    return host.build(tmp_path_factory.mktemp("hopper"))
+    return host.build(tmp_path_factory.mktemp("hopper"), host.COMMON, "-Werror")
 
 
 @pytest.mark.parametrize("shape", host.SHAPES.values(), ids=host.SHAPES)
@@ -191,6 +191,22 @@ MUTANTS = {
                               "z = {z.a * s.a, z.b * s.a};"),
     "rows beyond the last in sums": ("hopper_epilogue.h", "if (row >= rows) return {0.0f, 0.0f};",
                                      "if (row > rows) return {0.0f, 0.0f};"),
+    "a stage given back too early": ("hopper_roles.h", "    m.await_products_but_last();", ""),
+    "a ring place without its turn": ("hopper_roles.h", "phase ^= to / stages & 1;", ""),
+    "a producer that waits for full stages": ("hopper_roles.h", "place{0, 1};", "place{0, 0};"),
+    "the other warpgroup's stages": ("hopper_roles.h", "if (tile.ping_pong()) ring.place.skip",
+                                     "if (0) ring.place.skip"),
+    "the first tile's stages": ("hopper_roles.h", "consumer == 1) ring.place.skip",
+                                "consumer == 2) ring.place.skip"),
+    "the mask on products in flight": ("hopper_roles.h", "      ring.drain();\n      if (masked) {",
+                                       "      if (masked) {"),
+    "results stored in flight": ("hopper_roles.h", "    ring.drain();\n    if (tile",
+                                 "    if (tile"),
+    "a turn not passed on": ("hopper_roles.h", "m.pass_turn()", "(void)0"),
+    "bytes that never come": ("hopper_roles.h", "tile.stage_bytes());  //",
+                              "tile.stage_bytes() + 2);  //"),
+    "the mask of this tile again": ("hopper_roles.h", "m.begin_mask(first_of(unit + walk.step))",
+                                    "m.begin_mask(first_of(unit))"),
 }  # fmt: skip
 
 
@@ -201,13 +217,13 @@ def test_planted_defects_are_seen(tmp_path, defect):
     text = (tmp_path / "common" / header).read_text()
     assert text.count(old) == 1
     (tmp_path / "common" / header).write_text(text.replace(old, new))
-    library = host.build(tmp_path, tmp_path / "common", "-w")
+    library = host.build(tmp_path, tmp_path / "common", "-w", "-DHOPPER_FP16=bf16")
     with pytest.raises(AssertionError):
         for shape in host.SHAPES.values():
             ends = ("addend", "out_scale", "bias", "z")
             host.check_forward(library, Case(shape, 200, 322, 83, 70, options=ends))
             sums = ("in_scale", "d_in_scale")
             host.check_input_gradient(
-                library, Case(shape, 200, 83, 324, 70, options=sums, dropout=0.3)
+                library, Case(shape, 200, 83, 324, 70, options=sums, dropout=0.3, sms=2)
             )
             host.check_forward(library, Case(shape, 1100, 300, 8, 8))

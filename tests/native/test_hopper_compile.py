@@ -105,12 +105,8 @@ def test_loads_and_refuses_without_a_driver(objects, tmp_path):
     undefined = _run("nm", "-D", "--undefined-only", library)
     assert not re.search(r" U cu", undefined)  # neither libcuda nor libcudart
     assert "libcuda" not in _run("readelf", "-d", library)
+    if "libcuda.so.1" in _run("ldconfig", "-p"):
+        pytest.skip("there is a driver: a launch would run")
     call = f"import ctypes; print(ctypes.CDLL({str(library)!r}).call_forward(4096))"
     answer = int(_run(shutil.which("python3") or "python", "-c", call))
-    assert answer == 801 or find_driver()  # cudaErrorNotSupported
-
-
-def find_driver() -> bool:
-    return subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout.find(
-        "libcuda.so.1"
-    ) >= 0  # fmt: skip
+    assert answer == 801  # cudaErrorNotSupported
