@@ -160,9 +160,8 @@ def main() -> None:
         library.ops().set_cpu_level(args.level)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
     print(f"{args.threads} thread(s), {library.ops().cpu_level()}, torch {torch.__version__}")
-    print(
-        f"{'kernel':26}{'M x K = N':>12}{'r':>4}  {'dtype':21}{'aten ms':>8}{'native':>8}{'ratio':>7}"
-    )
+    print(f"{'kernel':26}{'M x K = N':>12}{'r':>4}  {'dtype':21}", end="")
+    print(f"{'aten ms':>8}{'native':>8}{'ratio':>7}")
     for name, dtypes in DTYPES.items():
         if args.dtype and args.dtype != name:
             continue
