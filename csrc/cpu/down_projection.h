@@ -1,7 +1,7 @@
 // t = drop(x) down^T and v = phi(t) * core * scale (formulas: csrc/ops/down_projection.cpp).
 //
-// First down_projection_pack lays out ``down`` once for all rows, kPanelCols columns at a time; then
-// a unit of work is kProjectRows rows of x.
+// First down_projection_pack lays out ``down`` once for all rows, kPanelCols columns at a time.
+// Then a unit of work is kProjectRows rows of x.
 
 #pragma once
 
