@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from decomp_kernels.kernels import composition, gemm
 from decomp_kernels import native_library
+from decomp_kernels.kernels import composition, gemm
 from decomp_kernels.reference.decomposed_linear import Gradients
 from decomp_kernels.reference.dropout import kept_fraction
 
@@ -159,7 +159,8 @@ def main() -> None:
     if args.level:
         native_library.ops().set_cpu_level(args.level)
     clock = time.thread_time if args.threads == 1 else time.perf_counter
-    print(f"{args.threads} thread(s), {native_library.ops().cpu_level()}, torch {torch.__version__}")
+    level = native_library.ops().cpu_level()
+    print(f"{args.threads} thread(s), {level}, torch {torch.__version__}")
     print(f"{'kernel':26}{'M x K = N':>12}{'r':>4}  {'dtype':21}", end="")
     print(f"{'aten ms':>8}{'native':>8}{'ratio':>7}")
     for name, dtypes in DTYPES.items():

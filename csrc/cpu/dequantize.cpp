@@ -3,6 +3,7 @@
 // A block of nf4 has one absmax, so 16 products: they are made and rounded once, and each code then
 // picks one from registers, two codes a byte and 16 bytes at a time.
 
+#define DK_EXACT_SUBNORMALS
 #include "dequantize.h"
 
 #include "quantized.h"

@@ -2,6 +2,7 @@
 //
 // One read of W and one write of the result: a tile's sums meet W in registers, and B A is nowhere.
 
+#define DK_EXACT_SUBNORMALS
 #include "merged_weight.h"
 
 #include "products.h"

@@ -10,7 +10,7 @@
 //
 // Operators +, -, * and / work on Floats.  Rounding to bf16 is that of common/narrow.h bit for bit,
 // but for subnormal numbers at avx512_bf16: VCVTNEPS2BF16 makes them 0, and is one instruction
-// where their exact rounding takes ten.
+// where their exact rounding takes ten.  A file that makes weights defines DK_EXACT_SUBNORMALS.
 
 #pragma once
 
@@ -63,7 +63,7 @@ DK_INLINE Floats load(const bf16* p, Mask mask) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(DK_EXACT_SUBNORMALS)
 DK_INLINE __m256i rounded(Floats a) { return (__m256i)_mm512_cvtneps_pbh(a); }
 #else
 DK_INLINE __m256i rounded(Floats a) {
@@ -343,7 +343,7 @@ DK_INLINE void store(float* p, Floats a, Floats b) {
   store(p + kLanes, b);
 }
 DK_INLINE void store(bf16* p, Floats a, Floats b) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(DK_EXACT_SUBNORMALS)
   _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 #else
   store(p, a);
