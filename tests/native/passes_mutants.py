@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,8 +156,23 @@ RUNS: dict[str, Callable] = {
 }  # fmt: skip
 
 
+FOUND, SURVIVES = 10, 11  # exit statuses that nothing else has
+
+
 def survives(mutant: Mutant, folder: Path) -> bool:
-    """Whether every check of the pass is content with the mutant."""
+    """Whether every check of the pass is content with the mutant.
+
+    In a process of its own: each library's fibers keep their stacks for as long as it lasts, and a
+    process cannot map more than about thirty libraries' stacks.
+    """
+    process = get_context("fork").Process(target=_run, args=(mutant, folder))
+    process.start()
+    process.join()
+    assert process.exitcode in (FOUND, SURVIVES), f"{mutant.what}: exit status {process.exitcode}"
+    return process.exitcode == SURVIVES
+
+
+def _run(mutant: Mutant, folder: Path) -> None:
     copy = folder / "csrc"
     shutil.copytree(ROOT / "csrc", copy)
     file = copy / "cuda" / mutant.file
@@ -172,8 +188,8 @@ def survives(mutant: Mutant, folder: Path) -> bool:
     try:
         RUNS[mutant.check](library)
     except (AssertionError, EmulationError):
-        return False
-    return True
+        sys.exit(FOUND)
+    sys.exit(SURVIVES)
 
 
 def main() -> int:

@@ -232,5 +232,6 @@ _FEW = {
     ],
     ids=lambda mutant: f"{mutant.file}: {mutant.what}",
 )
+@pytest.mark.usefixtures("library")  # which finds the compiler, or skips
 def test_a_planted_bug_is_found(mutant, tmp_path):
     assert not mutants.survives(mutant, tmp_path)
