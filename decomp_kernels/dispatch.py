@@ -185,7 +185,7 @@ def architecture(device: torch.device) -> str:
     """
     if device.type == "cuda":
         return _gpu_architecture(device)
-    return native_library.cpu_level() or ANY if device.type == "cpu" else ANY
+    return native_library.cpu_architecture() or ANY if device.type == "cpu" else ANY
 
 
 @cache

@@ -64,10 +64,20 @@ def cpu_level() -> str | None:
     return None if why_not_loaded() else str(ops().cpu_level())
 
 
+@cache
+def cpu_architecture() -> str | None:
+    """The level as tables of measurements name it: beside matrix tiles (AMX), which the library's
+    bf16 products use, it is another machine.
+    """
+    level = cpu_level()
+    return f"{level}+amx" if level and ops().cpu_has_matrix_tiles() else level
+
+
 def set_cpu_level(name: str) -> None:
     """Take a lower instruction set, or the best again; RuntimeError where there is none such."""
     ops().set_cpu_level(name)
     cpu_level.cache_clear()
+    cpu_architecture.cache_clear()
 
 
 def ops() -> Any:

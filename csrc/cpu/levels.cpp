@@ -5,6 +5,10 @@
 #include <atomic>
 #include <cstring>
 
+#ifdef DK_X86
+#include <cpuid.h>
+#endif
+
 namespace decomp_kernels::cpu {
 namespace {
 
@@ -55,6 +59,15 @@ const char* level_name(Level level) {
     case Level::kAvx2: return "avx2";
     default: return "generic";
   }
+}
+
+bool has_matrix_tiles() {
+#ifdef DK_X86
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1);
+#else
+  return false;
+#endif
 }
 
 }  // namespace decomp_kernels::cpu

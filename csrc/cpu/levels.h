@@ -31,6 +31,10 @@ Level level();                      // what runs: the best, unless set_level too
 bool set_level(const char* name);   // for tests; false where the machine has no such level
 const char* level_name(Level level);
 
+// Whether PyTorch's bf16 products may use matrix tiles (AMX), which ours do not: measurements made
+// without them say nothing there.
+bool has_matrix_tiles();
+
 }  // namespace decomp_kernels::cpu
 
 // The function of that name for this machine: DK_AT_LEVEL(down_projection)(args, begin, end).

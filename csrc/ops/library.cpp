@@ -12,6 +12,8 @@ namespace {
 
 std::string cpu_level() { return cpu::level_name(cpu::level()); }
 
+bool cpu_has_matrix_tiles() { return cpu::has_matrix_tiles(); }
+
 void set_cpu_level(std::string name) {
   STD_TORCH_CHECK(cpu::set_level(name.c_str()), "set_cpu_level: the level must be generic, avx2, ",
                   "avx512 or avx512_bf16 and one that this processor has (its best is ",
@@ -23,10 +25,12 @@ void set_cpu_level(std::string name) {
 
 STABLE_TORCH_LIBRARY(decomp_kernels_native, m) {
   m.def("cpu_level() -> str");
+  m.def("cpu_has_matrix_tiles() -> bool");
   m.def("set_cpu_level(str name) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(decomp_kernels_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_level", TORCH_BOX(&decomp_kernels::cpu_level));
+  m.impl("cpu_has_matrix_tiles", TORCH_BOX(&decomp_kernels::cpu_has_matrix_tiles));
   m.impl("set_cpu_level", TORCH_BOX(&decomp_kernels::set_cpu_level));
 }

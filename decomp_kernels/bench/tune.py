@@ -29,7 +29,7 @@ LAYERS = (  # N, K of Llama-class models of 8 and 70 billion parameters
 )  # fmt: skip
 TOKENS = (1, 16, 512, 2048, 8192)
 RANKS = (0, 16, 64, 384)
-CPU_LAYERS = ((768, 768), (1024, 1024), (2048, 2048), (4096, 4096))
+CPU_LAYERS = ((128, 128), (384, 384), (768, 768), (1024, 1024), (2048, 2048), (4096, 4096))
 CPU_TOKENS = (16, 128, 512, 2048)
 CPU_RANKS = (0, 16, 64)
 CPU_MOST = 2**33  # a second or so a step

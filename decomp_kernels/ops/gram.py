@@ -34,7 +34,7 @@ torch.library.define(
 @torch.library.impl("decomp_kernels::gram_fwd", "CompositeExplicitAutograd")
 @outside_autocast
 def _fwd(downs, ups, kind, squared, scale, impl):
-    chosen = _implementation((*downs, *ups), impl)
+    chosen = _implementation("forward", downs, ups, impl)
     loss, residuals = chosen.forward(downs, ups, kind, squared, scale)
     return loss.to(_loss_dtype(downs, ups)), residuals
 
@@ -42,7 +42,7 @@ def _fwd(downs, ups, kind, squared, scale, impl):
 @torch.library.impl("decomp_kernels::gram_bwd", "CompositeExplicitAutograd")
 @outside_autocast
 def _bwd(d_loss, downs, ups, residuals, squared, scale, impl):
-    chosen = _implementation((*downs, *ups), impl)
+    chosen = _implementation("backward", downs, ups, impl)
     return chosen.backward(d_loss, downs, ups, residuals, squared, scale)
 
 
@@ -66,9 +66,18 @@ def _bwd_fake(d_loss, downs, ups, residuals, squared, scale, impl):
     ]
 
 
-def _implementation(matrices: Sequence[Tensor], impl: str):
-    double = (matrix for matrix in matrices if matrix.dtype == torch.float64)
-    return implementation(next(double, matrices[0]), impl, reference, aten, _FILES)
+def _implementation(direction: str, downs: Sequence[Tensor], ups: Sequence[Tensor], impl: str):
+    """By the matrix that the fewest implementations take: float64, then float16, then any."""
+    matrices, first = (*downs, *ups), downs[0]
+    hardest = max(matrices, key=lambda m: (m.dtype == torch.float64, m.dtype == torch.float16))
+
+    def asked() -> dispatch.Work:
+        base, adapter = dispatch.dtype_names(first, first)
+        return dispatch.Work(
+            "gram", direction, len(matrices), first.numel(), first.shape[0], base, adapter
+        )
+
+    return implementation(hardest, impl, reference, aten, _FILES, asked)
 
 
 def _loss_dtype(downs: Sequence[Tensor], ups: Sequence[Tensor]) -> torch.dtype:

@@ -7,7 +7,7 @@ of torch's.
 from torch import Tensor
 
 from decomp_kernels import dispatch
-from decomp_kernels.ops.implementation import files, implementation
+from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.reference import decomposed_linear as reference
 
 _FILES = files(triton="merged_weight", native="merged_weight")
@@ -29,8 +29,9 @@ def merged_weight(
     that was moved to the CPU to be merged, is merged by the definition.
     """
     impl = dispatch.named(impl)
-    if impl in dispatch.TRITON_FORMS and dispatch.why_not(weight, impl):
+    if impl != "auto" and dispatch.why_not(weight, impl):
         impl = "reference"
-    chosen = implementation(weight, impl, reference, reference, _FILES)
+    asked = work("merged_weight", "forward", weight, weight, down, out_scale=out_scale)
+    chosen = implementation(weight, impl, reference, reference, _FILES, asked)
     with dispatch.on(weight.device):
         return chosen.merged_weight(weight, down, up, core, in_scale, out_scale, scale)

@@ -22,7 +22,8 @@ def forward(
             some = [matrices[position].contiguous() for position in group]
             E, squares = ops.gram_fwd(some, of_rows, of_rows or kind == "o")
             residuals.append(E)
-            penalties.append((squares if squared else squares.sqrt_()).sum())
+            penalty = (squares if squared else squares.sqrt_()).sum()
+            penalties.append(penalty.to(downs[0].device))  # a model may be on several
     return torch.stack(penalties).sum() * scale, residuals
 
 
