@@ -213,9 +213,7 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
     x86 = "-DDK_X86" if X86 else ""
     cuda = "-DDK_CUDA" if plan.nvcc else ""
     hopper = "-DDK_HOPPER" if plan.cutlass else ""
-    common = (
-        f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {x86} {cuda} {hopper} {includes}"
-    )
+    common = f"-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra {x86} {includes}"
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {plan.compiler}",
@@ -235,7 +233,7 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
     cuda_home = _cuda_home(plan.nvcc) if plan.nvcc else None
     cuda_include = f"-isystem {cuda_home / 'include'}" if cuda_home else ""
     for source in sorted((csrc / "ops").glob("*.cpp")):
-        compile_(source, f"ops_{source.stem}", "cxx", f"$abi {cuda_include}")
+        compile_(source, f"ops_{source.stem}", "cxx", f"$abi {cuda} {hopper} {cuda_include}")
     for source in sorted((csrc / "cpu").glob("*.cpp")):
         levels = LEVELS if X86 else {"generic": []}
         if source.stem == "levels":
