@@ -60,11 +60,16 @@ def choose(
     check(impl)
     arch = architecture(x.device)
     if impl == "auto" and VARIABLE not in os.environ:  # what ``decide`` would say, sooner
-        if arch == ANY or work is None:
-            return "aten"
-        chosen = measured_choice(arch, work()).impl
-        return chosen if chosen in has and why_not(x, chosen) is None else "aten"
+        return fastest(x, arch, has, work)
     return decide(impl, has, arch, work, lambda form: why_not(x, form)).impl
+
+
+def fastest(x: Tensor, arch: str, has: Container[str], work: Callable[[], Work] | None) -> str:
+    """What the table has for ``work``, whatever the environment says."""
+    if arch == ANY or work is None:
+        return "aten"
+    chosen = measured_choice(arch, work()).impl
+    return chosen if chosen in has and why_not(x, chosen) is None else "aten"
 
 
 def decide(
@@ -221,12 +226,12 @@ def base_gemm_first(x: Tensor) -> bool:
 
 
 def plain_products_by_library(x: Tensor) -> bool:
-    """Whether products of rank r with no mask, of operands of one dtype, are left to the library.
+    """Whether dt^T x with no mask, of operands of one dtype, is left to the library.
 
-    On a CPU in float32 the native library's are faster, by 2 to 18 % at r = 16 and 64; in bfloat16
-    the library's, by up to 15 % (docs/performance.md).  On a GPU nobody has measured.
+    On a CPU the native library's is faster, by 1 to 65 % (docs/performance.md); on a GPU nobody has
+    measured.
     """
-    return x.device.type != "cpu" or x.element_size() == 2
+    return x.device.type != "cpu"
 
 
 def block_elements(device: torch.device, on_cpu: int) -> int:

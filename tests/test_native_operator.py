@@ -22,9 +22,12 @@ import decomp_kernels as dk
 from decomp_kernels import dispatch, native_library
 from decomp_kernels.factors import ACTIVATIONS
 from decomp_kernels.ops.decomposed_linear import bwd, decomposed_linear, fwd
+from decomp_kernels.ops.dequantize import dequantize
+from decomp_kernels.ops.merged_weight import merged_weight
 from decomp_kernels.ops.row_norm import bwd as norm_bwd
 from decomp_kernels.ops.row_norm import fwd as norm_fwd
 from decomp_kernels.ops.row_norm import row_norm, squared_rows
+from decomp_kernels.reference import decomposed_linear as reference
 from decomp_kernels.reference.dropout import keep_mask, kept_fraction
 from decomp_kernels.testing import assert_as_good_as, relative_error
 
@@ -180,6 +183,35 @@ def test_dora_starts_as_the_linear(place):
             impl=place[1],
         ),
     )
+
+
+def test_merged_weights_are_the_definition(place):
+    """With and without each term, in every dtype of the place."""
+    for dtype in dtypes(*place):
+        t = {k: v.detach() for k, v in make(OPTIONAL, dtype, N=45, K=67, r=5).items()}
+        given = [t[n] for n in ("down", "up", "core", "in_scale", "out_scale")]
+        for some in (given, [*given[:2], None, None, None], [None, None, None, *given[3:]]):
+            ours = merged_weight(t["weight"], *some, 0.7, place[1])
+            exact = [None if one is None else one.double() for one in some]
+            truth = reference.merged_weight(t["weight"].double(), *exact, 0.7)
+            plain = reference.merged_weight(t["weight"], *some, 0.7)
+            assert ours.dtype == t["weight"].dtype
+            assert_as_good_as(ours, plain, truth, dtype, t["weight"].dtype)
+
+
+def test_quantised_weights_become_dense(place):
+    for dtype in (torch.float32, torch.bfloat16):
+        codes = torch.randint(0, 256, (-(-37 * 53 // 2),), dtype=torch.uint8)
+        absmax = torch.rand(-(-37 * 53 // 64)) + 0.1
+        rows = torch.randint(-128, 128, (37, 53), dtype=torch.int8)
+        for weight, scale, kind in ((codes, absmax, "nf4"), (rows, absmax[:1].expand(37), "int8")):
+            given = (weight, scale.contiguous(), kind)
+            made = {
+                impl: dequantize(*given, shape=(37, 53), dtype=dtype, impl=impl)
+                for impl in ("reference", "aten", place[1])
+            }
+            assert torch.equal(made[place[1]], made["reference"])
+            assert torch.equal(made["aten"], made["reference"])
 
 
 @pytest.mark.parametrize("name", sorted(dk.methods()))

@@ -1,7 +1,9 @@
 """Measured tables: what tune makes of ratios, and its whole course in Triton's interpreter."""
 
+import itertools
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -84,6 +86,32 @@ def test_each_call_gets_the_nearest_measured_size_above_it(folder):
     for beyond in ((513, square, 16), (512, square + 1, 16), (512, square, 65)):
         assert found(*beyond) == ("aten", "aten")
     assert found(512, square, 64, arch="sm_80") == ("aten", "aten")
+
+
+def test_fewer_entries_say_the_same(folder):
+    choices = itertools.product((16, 128, 512), (1024, 2048), (16, 64), (False, True))
+    random.seed(0)
+    rows = [
+        row(Cell(M, size, size, r, scaled=scaled), aten=(1, 1),
+            native_passes=(random.choice((0.8, 1.2)), random.choice((0.8, 1.2))))
+        for M, size, r, scaled in choices
+    ]  # fmt: skip
+    made = tune.entries(rows, "avx2", WHERE)
+    shorter = tune.fewer(made)
+    assert 0 < len(shorter) < len(made)
+    found = []
+    for some in (made, shorter):
+        tables.write(folder, tables.IMPLEMENTATIONS, some)
+        forget()
+        asked = itertools.product((1, 16, 17, 600), (10, 2**20, 2**21), (0, 16, 17), (False, True))
+        found.append([
+            dispatch.measured_choice("avx2", dispatch.Work(
+                "decomposed_linear", direction, M, NK, r, "narrow", "narrow", False, scaled)).impl
+            for M, NK, r, scaled in asked for direction in tune.DIRECTIONS
+        ])  # fmt: skip
+        (folder / "implementations.json").unlink()
+        forget()
+    assert found[0] == found[1]
 
 
 def test_shapes_that_the_table_cannot_tell_apart_take_what_none_loses_by():

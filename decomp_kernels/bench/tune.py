@@ -195,6 +195,25 @@ def entries(
     return made
 
 
+def fewer(made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the entries that another one, which would be taken in their place, repeats."""
+    kinds = ("arch", "operator", "base", "adapter", "dropout", "scaled")
+
+    def repeated(entry: dict[str, Any], later: list[dict[str, Any]]) -> bool:
+        for other in later:
+            alike = all(entry.get(kind) == other.get(kind) for kind in kinds)
+            limits = entry["when"].items()
+            if alike and all(most <= other["when"].get(limit, most) for limit, most in limits):
+                return all(entry[direction] == other[direction] for direction in DIRECTIONS)
+        return False
+
+    kept: list[dict[str, Any]] = []
+    for index in reversed(range(len(made))):
+        if not repeated(made[index], kept):
+            kept.insert(0, made[index])
+    return kept
+
+
 def provenance(device: torch.device) -> dict[str, str]:
     """Where and when: what a table entry says of its measurement."""
     versions, machine = record.versions(), record.machine()
