@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import decomp_kernels as dk
-from decomp_kernels import dispatch, roofline, tables
+from decomp_kernels import dispatch, native_library, roofline, tables
 from decomp_kernels.cli.main import main
 from decomp_kernels.explanation import _Counting
 from decomp_kernels.kernels.aten import decomposed_linear as aten
+from decomp_kernels.kernels.native import decomposed_linear as native
 from decomp_kernels.reference import decomposed_linear as reference
 from decomp_kernels.roofline import GPUS, Terms
 
@@ -29,6 +30,7 @@ def calls(monkeypatch):
         files = {"triton:passes": "decomposed_linear", "triton:fused": "decomposed_linear_fused"}
         name = f"decomp_kernels.kernels.triton.{files[form]}"
         modules[form] = importlib.import_module(name)
+    modules["native:passes"] = native
     for impl, module in modules.items():
         for direction in seen:
             original = getattr(module, direction)
@@ -46,6 +48,7 @@ def run(module, tokens):
 
 
 IMPLS = ("auto", "reference", "aten", *dispatch.TRITON_FORMS)
+IMPLS += () if native_library.why_not_loaded() else ("native:passes",)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -198,7 +201,7 @@ def test_every_method_is_explained(name):
     assert explained.forward.flops >= 2 * 64 * 24 * 20
     assert explained.forward.seconds > 0 and 0 < explained.forward.share_of_roof <= 1.0001
     if set(dispatch.TRITON_FORMS) <= set(method.impls):
-        assert explained.backward.runner_up[0] in dispatch.TRITON_FORMS
+        assert explained.backward.runner_up[0] in dispatch.CANDIDATES[1:]
     else:
         assert explained.forward.runner_up is None and "runner-up" not in str(explained)
     text = str(explained)
@@ -277,7 +280,7 @@ def test_the_command(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["backward"] is None and found["forward"]["impl"] == "aten"
     assert set(found["forward"]["steps"][0]) == {"name", "flops", "bytes", "wide"}
-    assert found["forward"]["runner_up"]["impl"] in dispatch.TRITON_FORMS
+    assert found["forward"]["runner_up"]["impl"] in dispatch.CANDIDATES[1:]
     named = [*words, "-O", "impl=triton:fused", "--device", "H200"]
     assert main(named) == 0 and "named by impl='triton:fused'" in capsys.readouterr().out
     for wrong, message in (

@@ -249,7 +249,8 @@ def test_every_shipped_entry_can_be_taken_somewhere_and_something_fits_everywher
     for number, entry in enumerate(shipped):
         homes = archs if entry["arch"] == "any" else [entry["arch"]]
         assert any(not tables.hidden(entry, shipped[:number], arch) for arch in homes), entry
-        assert entry["measured"] is False  # until somebody has
+        on_a_cpu = entry["arch"] in ("avx2", "avx512", "avx512_bf16")
+        assert entry["measured"] is False or on_a_cpu  # of GPUs until somebody has
     huge = dict.fromkeys(("M", "N", "K", "r", "NK", "adapters", "scaled", "dropout"), 10**9)
     for arch in [*archs, "sm_999"]:
         for adapter in ("narrow", "float32"):
