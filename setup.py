@@ -42,6 +42,7 @@ LEVELS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
 LEVELS["avx512_bf16"] = [*LEVELS["avx512"], "-mavx512bf16"]
+REQUIRED = os.environ.get("DECOMP_KERNELS_REQUIRE_NATIVE") == "1"
 CXXFLAGS, LDFLAGS = os.environ.get("CXXFLAGS", ""), os.environ.get("LDFLAGS", "")
 DEPENDENCIES = "\n depfile = $out.d\n deps = gcc"
 # What ptxas says of registers and spills is kept beside each object.
@@ -60,13 +61,13 @@ class Plan:
         self.archs = self._archs() if self.compiler else []
         self.nvcc = shutil.which("nvcc") if self.archs else None
         self.cutlass = self._cutlass() if "90a" in self.archs else None
-        chosen = os.environ.get("DECOMP_KERNELS_HOPPER_INSTANCES")
-        self.instances = range(HOPPER_INSTANCES) if chosen is None else map(int, chosen.split())
+        self.instances = self._instances()
+        if self.missing.get("host kernels") and REQUIRED:
+            raise SystemExit(f"the native library cannot be built: {self.missing['host kernels']}")
 
     def _compiler(self) -> str | None:
-        compiler = os.environ.get("CXX") or next(
-            filter(shutil.which, ("c++", "g++", "clang++")), ""
-        )
+        found = filter(shutil.which, ("c++", "g++", "clang++"))
+        compiler = os.environ.get("CXX", "").strip() or next(found, "")
         needed = {
             "torch": find_spec("torch") and "torch",
             "ninja": shutil.which("ninja") or find_spec("ninja"),
@@ -94,7 +95,7 @@ class Plan:
             return []
         if asked is not None:
             archs = [arch for arch in re.split(r"[;,\s]+", asked) if arch]
-            wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}a?(\+PTX)?", arch)]
+            wrong = [arch for arch in archs if not re.fullmatch(r"\d{2,3}[af]?(\+PTX)?", arch)]
             if wrong:
                 raise SystemExit(
                     "DECOMP_KERNELS_CUDA_ARCHS must list architectures such as 80;90a;100a;80+PTX, "
@@ -108,6 +109,17 @@ class Plan:
             return []
         return archs
 
+    def _instances(self) -> list[int]:
+        chosen = os.environ.get("DECOMP_KERNELS_HOPPER_INSTANCES")
+        every = [str(number) for number in range(HOPPER_INSTANCES)]
+        numbers = every if chosen is None else [n for n in re.split(r"[;,\s]+", chosen) if n]
+        if wrong := [number for number in numbers if number not in every]:
+            raise SystemExit(
+                "DECOMP_KERNELS_HOPPER_INSTANCES must list numbers from 0 to "
+                f"{HOPPER_INSTANCES - 1}, such as 3 11, got {wrong[0]!r}"
+            )
+        return [int(number) for number in numbers]
+
     def _cutlass(self) -> Path | None:
         try:
             package = metadata.distribution("nvidia-cutlass")
@@ -118,6 +130,10 @@ class Plan:
             )
             return None
         return Path(str(package.locate_file("cutlass_library/source")))
+
+    def without_device_kernels(self, why: str) -> None:
+        self.archs, self.nvcc, self.cutlass = [], None, None
+        self.missing["device kernels"] = why
 
     def record(self) -> dict[str, object]:
         return {"built": bool(self.compiler), "cuda_archs": self.archs, "missing": self.missing}
@@ -138,45 +154,62 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = (
-            ROOT.resolve() / "build" / "native"
-        )  # kept: what has not changed is not compiled again
-        build.mkdir(parents=True, exist_ok=True)
         module.parent.mkdir(parents=True, exist_ok=True)
         library = module.parent / LIBRARY
-        (build / "build.ninja").write_text(ninja_file(PLAN, library, module))
-        jobs = os.environ.get("MAX_JOBS")
-        ninja = (
-            [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-        )
-        made = subprocess.run(
-            [*ninja, "-C", str(build), *(["-j", jobs] if jobs else [])],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
-        )  # fmt: skip
-        (build / "build.log").write_text(made.stdout)
-        print(made.stdout)
+        failure = _compile(library, module)
+        if failure and PLAN.nvcc and not REQUIRED:  # the host kernels alone
+            PLAN.without_device_kernels(failure)
+            failure = _compile(library, module)
+        if failure and REQUIRED:
+            raise SystemExit(f"the native library could not be built: {failure}")
         record = PLAN.record()
-        if made.returncode:
+        if failure:
             for old in (library, module):  # never an old library under a new record
                 old.unlink(missing_ok=True)
-            why = next((x for x in made.stdout.splitlines() if "error" in x), "see the build's log")
-            record = {**record, "built": False, "missing": {"host kernels": f"it failed: {why}"}}
-            if os.environ.get("DECOMP_KERNELS_REQUIRE_NATIVE") == "1":
-                raise SystemExit(f"the native library could not be built: {why}")
+            record |= {"built": False, "cuda_archs": [], "missing": {"host kernels": failure}}
+            print(f"decomp_kernels: without host kernels: {failure}", file=sys.stderr)
+        else:
+            record["bytes"] = library.stat().st_size
         _write_record(module.parent / RECORD, record)
 
     def copy_extensions_to_source(self) -> None:
-        super().copy_extensions_to_source()
-        built = Path(self.build_lib, *PACKAGE.split("."))
-        for name in (LIBRARY, RECORD):
-            target = ROOT.joinpath(*PACKAGE.split("."), name)
-            target.unlink(missing_ok=True)  # a library that is loaded keeps its own file
+        """In place: what was built, and nothing older beside it."""
+        if not self.extensions:
+            return
+        built, home = Path(self.build_lib, *PACKAGE.split(".")), ROOT.joinpath(*PACKAGE.split("."))
+        modules = {Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
+        for name in (*modules, LIBRARY, RECORD):
+            (home / name).unlink(missing_ok=True)  # a library that is loaded keeps its own file
             if (built / name).exists():
-                shutil.copy(built / name, target)
+                shutil.copy(built / name, home / name)
 
     def get_outputs(self) -> list[str]:
-        return [str(Path(path).parent / name) for path in super().get_outputs()
-                for name in (Path(path).name, LIBRARY, RECORD)]  # fmt: skip
+        listed = [Path(path).parent / name for path in super().get_outputs()
+                  for name in (Path(path).name, LIBRARY, RECORD)]  # fmt: skip
+        return [str(path) for path in listed if path.exists()]
+
+
+def _compile(library: Path, module: Path) -> str | None:
+    """Run ninja; None, or what went wrong."""
+    build = ROOT.resolve() / "build" / "native"  # kept: only what has changed is compiled
+    build.mkdir(parents=True, exist_ok=True)
+    (build / "build.ninja").write_text(ninja_file(PLAN, library, module))
+    jobs = os.environ.get("MAX_JOBS", "").strip()
+    if jobs and not jobs.isdigit():
+        raise SystemExit(f"MAX_JOBS must be a whole number, got {jobs!r}")
+    program = shutil.which("ninja")
+    ninja = [program] if program else [sys.executable, "-m", "ninja"]
+    made = subprocess.run(
+        [*ninja, "-C", str(build), *(["-j", jobs] if jobs else [])],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
+    log = build / "build.log"
+    log.write_text(made.stdout)
+    print(made.stdout)
+    if made.returncode == 0:
+        return None
+    told = (line for line in made.stdout.splitlines() if re.search(r"\b(error|fatal)\b", line))
+    return f"compiling failed: {next(told, 'no error was printed').strip()} ({log})"
 
 
 class BuildPython(build_py):
@@ -206,9 +239,9 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
     csrc = ROOT.resolve() / "csrc"
     torch_home = Path(torch.__file__).parent
     parts = [csrc / "common", csrc / "cpu", csrc / "cuda", csrc / "ops"]
-    includes = " ".join(f"-I{part}" for part in parts)
+    includes = " ".join(f"-I'{part}'" for part in parts)
     torch_includes = " ".join(
-        f"-isystem {torch_home / 'include' / rest}" for rest in ("", "torch/csrc/api/include")
+        f"-isystem '{torch_home / 'include' / rest}'" for rest in ("", "torch/csrc/api/include")
     )
     x86 = "-DDK_X86" if X86 else ""
     cuda = "-DDK_CUDA" if plan.nvcc else ""
@@ -228,10 +261,10 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
 
     def compile_(source: Path, name: str, rule: str, flags: str) -> None:
         objects.append(f"{name}.o")
-        lines.append(f"build {name}.o: {rule} {source}\n flags = {flags}")
+        lines.append(f"build {name}.o: {rule} {_ninja(source)}\n flags = {flags}")
 
     cuda_home = _cuda_home(plan.nvcc) if plan.nvcc else None
-    cuda_include = f"-isystem {cuda_home / 'include'}" if cuda_home else ""
+    cuda_include = f"-isystem '{cuda_home / 'include'}'" if cuda_home else ""
     for source in sorted((csrc / "ops").glob("*.cpp")):
         compile_(source, f"ops_{source.stem}", "cxx", f"$abi {cuda} {hopper} {cuda_include}")
     for source in sorted((csrc / "cpu").glob("*.cpp")):
@@ -254,11 +287,11 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
             for number in plan.instances:  # each is tens of seconds: a compilation of its own
                 name = f"cuda_{source.stem}_{number}"
                 compile_(source, name, "nvcc", f"{flags} -DDK_HOPPER_INSTANCE={number}")
-    against = f"{LDFLAGS} -Wl,--as-needed -L{torch_home / 'lib'} -ltorch_cpu -ltorch"
+    against = f"{LDFLAGS} -Wl,--as-needed -L'{torch_home / 'lib'}' -ltorch_cpu -ltorch"
     if cuda_home:
         folders = [folder for name in ("lib64", "lib") if (folder := cuda_home / name).is_dir()]
-        against += f" -L{folders[0]} -lcudart_static -lrt -ldl -lpthread"
-    lines.append(f"build {library}: link {' '.join(objects)}\n flags = {against}")
+        against += f" -L'{folders[0]}' -lcudart_static -lrt -ldl -lpthread"
+    lines.append(f"build {_ninja(library)}: link {' '.join(objects)}\n flags = {against}")
     facts = {
         "DK_COMPILER": _version(f"{plan.compiler} --version"),
         "DK_CPU_LEVELS": " ".join(LEVELS if X86 else ["generic"]),
@@ -269,10 +302,17 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
         "DK_TORCH": torch.__version__,
     }
     macros = " ".join(f"""'-D{name}="{value}"'""" for name, value in facts.items())
-    python = f"-isystem {sysconfig.get_path('include')} -isystem {pybind11.get_include()}"
-    lines.append(f"build build_info.o: cxx {csrc / 'build_info.cpp'}\n flags = {python} {macros}")
-    lines.append(f"build {module}: link build_info.o\n flags = ")
+    python = f"-isystem '{sysconfig.get_path('include')}' -isystem '{pybind11.get_include()}'"
+    lines.append(
+        f"build build_info.o: cxx {_ninja(csrc / 'build_info.cpp')}\n flags = {python} {macros}"
+    )
+    lines.append(f"build {_ninja(module)}: link build_info.o\n flags = ")
     return "\n".join(lines) + "\n"
+
+
+def _ninja(path: Path) -> str:
+    """As ninja reads a path."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def _nvcc_flags(plan: Plan, source: Path) -> str | None:

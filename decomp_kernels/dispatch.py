@@ -58,15 +58,17 @@ def choose(
     cannot run on ``x`` or the operator has none.
     """
     check(impl)
-    arch = architecture(x.device)
     if impl == "auto" and VARIABLE not in os.environ:  # what ``decide`` would say, sooner
-        return fastest(x, arch, has, work)
-    return decide(impl, has, arch, work, lambda form: why_not(x, form)).impl
+        return fastest(x, has, work)
+    return decide(impl, has, architecture(x.device), work, lambda form: why_not(x, form)).impl
 
 
-def fastest(x: Tensor, arch: str, has: Container[str], work: Callable[[], Work] | None) -> str:
+def fastest(x: Tensor, has: Container[str], work: Callable[[], Work] | None) -> str:
     """What the table has for ``work``, whatever the environment says."""
-    if arch == ANY or work is None:
+    if work is None:  # asked first: a compiler cannot follow what asks for the architecture
+        return "aten"
+    arch = architecture(x.device)
+    if arch == ANY:
         return "aten"
     chosen = measured_choice(arch, work()).impl
     return chosen if chosen in has and why_not(x, chosen) is None else "aten"
@@ -173,11 +175,20 @@ def why_not_native(x: Tensor, impl: str) -> str | None:
         return None
     if x.device.type != "cuda" or torch.version.hip is not None:
         return f"its kernels run on CPUs and CUDA devices, and x is on {x.device}"
-    if x.dtype == torch.float64:
-        return "its kernels take float32, bfloat16 and float16, and x is float64"
-    if impl == "native:fused" and x.dtype == torch.float32:
-        return "its GEMM takes bfloat16 and float16, and x is float32"
+    if why := why_not_native_on(architecture(x.device), x.dtype, impl):
+        return why
     return native_library.why_not_on_gpu(torch.cuda.get_device_capability(x.device))
+
+
+def why_not_native_on(arch: str, dtype: torch.dtype, impl: str) -> str | None:
+    """``why_not_native`` for a GPU that need not be at hand, were the library built for it."""
+    if not arch.startswith("sm_"):
+        return "its kernels run on CPUs and CUDA devices"
+    if dtype == torch.float64:
+        return "its kernels take float32, bfloat16 and float16, and x is float64"
+    if impl == "native:fused" and dtype == torch.float32:
+        return "its GEMM takes bfloat16 and float16, and x is float32"
+    return None
 
 
 def _short(dtype: torch.dtype) -> str:

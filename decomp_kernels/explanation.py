@@ -113,6 +113,8 @@ def explain(
     def why_not(impl: str) -> str | None:
         if device is None:
             return dispatch.why_not(weight, impl)
+        if impl in dispatch.NATIVE_FORMS:
+            return dispatch.why_not_native_on(arch, weight.dtype, impl)
         wide = weight.dtype == torch.float64 and impl not in dispatch.EVERYWHERE
         return "its kernels do not take float64" if wide else None
 

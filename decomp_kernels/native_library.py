@@ -15,6 +15,11 @@ import torch
 
 _FOLDER = Path(__file__).parent / "kernels" / "native"
 PATH = _FOLDER / "libdecomp_kernels_native.so"
+OPERATORS = (
+    "cpu_level", "cpu_has_matrix_tiles", "down_projection", "column_walk", "up_expansion",
+    "fused_forward", "fused_input_gradient", "squared_rows", "row_norm_fwd", "row_norm_bwd",
+    "merged_weight", "gram_fwd", "gram_bwd", "dequantize",
+)  # fmt: skip
 
 
 @cache
@@ -23,28 +28,36 @@ def why_not_loaded() -> str | None:
     if not PATH.exists():
         why = missing().get("host kernels", "pip install --no-build-isolation . builds it")
         return f"the native library was not built ({why})"
+    if record().get("bytes") != PATH.stat().st_size:  # a library that was cut ends the process
+        return f"{PATH.name} is not the one that was built: build it again"
     try:
         torch.ops.load_library(str(PATH))
     except OSError as error:
         return f"the native library does not load: {error}"
+    lacking = [name for name in OPERATORS if not hasattr(torch.ops.decomp_kernels_native, name)]
+    if lacking:
+        return f"{PATH.name} is of another version, without {lacking[0]}: build it again"
     return None
 
 
 @cache
 def record() -> dict[str, Any]:
-    """What setup.py wrote: which parts it built, and why not the others."""
-    path = _FOLDER / "build.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    """What setup.py wrote: which parts it built, and why not the others; {} where none is sound."""
+    try:
+        found = json.loads((_FOLDER / "build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def missing() -> dict[str, str]:
     """Part: why it was not built."""
-    return record().get("missing", {})
+    return record().get("missing") or {}
 
 
 def why_not_on_gpu(capability: tuple[int, int]) -> str | None:
     """Why there is no code for a GPU of this compute capability; None where there is."""
-    archs: list[str] = record().get("cuda_archs", [])
+    archs: list[str] = record().get("cuda_archs") or []
     if not archs:
         return f"it holds no device kernels ({missing().get('device kernels', 'not built')})"
     major, minor = capability
@@ -98,6 +111,9 @@ def build_info() -> dict[str, str] | None:
     spec = spec_from_file_location("build_info", path)
     assert spec is not None
     assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ImportError:
+        return None
     return module.build_info()

@@ -94,11 +94,10 @@ def merged_weight(data, ops, M, N, r, dtype):
 @call
 def gram(data, ops, M, N, r, dtype):
     count = data.draw(st.integers(1, 4))
-    downs = [drawn(r, N, dtype=dtype) for _ in range(count)]
-    ups = [drawn(M, r, dtype=dtype) for _ in range(count)]
-    kind, squared = data.draw(st.sampled_from("od")), data.draw(st.booleans())
-    loss, residuals = ops.gram_fwd(downs, ups, kind, squared, 0.5)
-    ops.gram_bwd(loss, downs, ups, residuals, squared, 0.5)
+    of_rows = data.draw(st.booleans())
+    matrices = [drawn(*((r, N) if of_rows else (M, r)), dtype=dtype) for _ in range(count)]
+    residual, _ = ops.gram_fwd(matrices, of_rows, data.draw(st.booleans()))
+    ops.gram_bwd(matrices, residual, drawn(count), of_rows)
 
 
 @call

@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import triton_checks as checks
 
-PACKAGE = "decomp_kernels.kernels.triton"
+SHARED = "decomp_kernels.kernels"
+PACKAGE = f"{SHARED}.triton"
 
 
 class Mutant(NamedTuple):
@@ -109,11 +111,12 @@ MUTANTS = [
            "else walked.c[0]", "operator"),
     Mutant("decomposed_linear", "in_scale forgotten in d_x", "d_x, d_in = walked.scaled, walked.p",
            "d_in = walked.p", "operator"),
-    Mutant("over_dy", "1 % in u", "u = u * scale", "u = u * (1.01 * scale)", "operator"),
+    Mutant("over_dy", "1 % in u", "u = walked.u * scale", "u = walked.u * (1.01 * scale)",
+           "operator"),
     Mutant("over_dy", "no phi'", "dt = dt * activation_derivative",
            "dt = dt + 0.0 * activation_derivative", "operator"),
-    Mutant("over_dy", "out_scale left out of dB", "d_up if out_scale is None else d_up * out_scale",
-           "d_up", "operator"),
+    Mutant("over_dy", "out_scale left out of dB", "d_up = d_up * out_scale[:, None]",
+           "d_up = d_up * 1.0", "operator"),
     Mutant("over_dy", "not divided by the kept fraction", "1.0 / kept_fraction",
            "0.0 + kept_fraction", "operator"),
 ]  # fmt: skip
@@ -122,6 +125,7 @@ MUTANTS = [
 @contextmanager
 def planted(mutant: Mutant) -> Iterator[None]:
     """The package's Triton folder is a copy with the bug in it, inside the block."""
+    import decomp_kernels.kernels as shared
     import decomp_kernels.kernels.triton as package
 
     def forget() -> dict[str, object]:
@@ -134,11 +138,22 @@ def planted(mutant: Mutant) -> Iterator[None]:
     (folder,) = package.__path__
     with tempfile.TemporaryDirectory() as copy:
         shutil.copytree(folder, copy, dirs_exist_ok=True)
-        file = Path(copy) / f"{mutant.file}.py"
+        file, whole = Path(copy) / f"{mutant.file}.py", PACKAGE
+        if mutant.old not in file.read_text("utf-8"):  # what every family of kernels has
+            file, whole = Path(folder).parent / f"{mutant.file}.py", SHARED
         text = file.read_text("utf-8")
         assert mutant.old in text, f"{mutant.file} has no {mutant.old!r}: renew the mutant"
-        file.write_text(text.replace(mutant.old, mutant.new), "utf-8")
+        text = text.replace(mutant.old, mutant.new)
         before, package.__path__ = forget(), [copy]
+        if whole == SHARED:
+            name = f"{SHARED}.{mutant.file}"
+            before[name] = import_module(name)
+            changed = ModuleType(name)
+            sys.modules[name] = changed
+            setattr(shared, mutant.file, changed)
+            exec(compile(text, name, "exec"), vars(changed))
+        else:
+            file.write_text(text, "utf-8")
         try:
             yield
         finally:
@@ -146,7 +161,8 @@ def planted(mutant: Mutant) -> Iterator[None]:
             package.__path__ = [folder]
             sys.modules.update(before)
             for name, module in before.items():
-                setattr(package, name.rpartition(".")[2], module)
+                home = package if name.startswith(PACKAGE) else shared
+                setattr(home, name.rpartition(".")[2], module)
 
 
 def run(check: str) -> None:

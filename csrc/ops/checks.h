@@ -15,6 +15,8 @@
 #include <initializer_list>
 #include <limits>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "dtype.h"
@@ -32,6 +34,14 @@ inline std::string shape_text(const Tensor& t) {
   return text + ")";
 }
 
+// Raises RuntimeError with these words alone: no file of the machine that built the library.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
 // Checks of one operator's arguments; ``op`` stands in every message.
 class Checks {
  public:
@@ -41,7 +51,7 @@ class Checks {
 
   template <typename... Parts>
   void that(bool holds, const Parts&... parts) const {
-    STD_TORCH_CHECK(holds, op_, ": ", parts...);
+    if (!holds) fail(op_, ": ", parts...);
   }
 
   // A row-major tensor of exactly this shape (-1: any size) on the operator's device.
@@ -58,6 +68,7 @@ class Checks {
     that(t.is_cuda() == cuda_ && t.get_device_index() == device_, name, " must be on the device of ",
          first_name_);
     that(t.is_contiguous(), name, " must be contiguous (row-major): call .contiguous() on it");
+    that(t.numel() == 0 || t.const_data_ptr() != nullptr, name, " has no memory: its storage was freed");
     const int64_t bytes_most = std::numeric_limits<int64_t>::max() / 2;
     that(t.numel() <= bytes_most / 8, name, " is too large, it has ", t.numel(), " elements");
   }

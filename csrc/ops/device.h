@@ -31,13 +31,13 @@ class Device {
   void check(cudaError_t error) const {
     if (error == cudaSuccess) return;
     cudaGetLastError();  // a launch that failed must not be reported again by the next operator
-    STD_TORCH_CHECK(false, op_, ": CUDA error ", cudaGetErrorName(error), " on device ", index_, ": ",
+    fail(op_, ": CUDA error ", cudaGetErrorName(error), " on device ", index_, ": ",
                     cudaGetErrorString(error));
   }
 
   // Refuses with the reason that a kernel gave, if it gave one.
   void supported(const char* why_not) const {
-    STD_TORCH_CHECK(why_not == nullptr, op_, " cannot run: ", why_not ? why_not : "");
+    if (why_not != nullptr) fail(op_, " cannot run: ", why_not);
   }
 
   cudaStream_t stream() const {
@@ -47,9 +47,9 @@ class Device {
       void* found = dlsym(torch_cuda ? torch_cuda : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
       return reinterpret_cast<Ask>(found);
     }();
-    STD_TORCH_CHECK(ask != nullptr, op_, ": this PyTorch has no CUDA streams");
+    if (ask == nullptr) fail(op_, ": this PyTorch has no CUDA streams");
     void* stream = nullptr;
-    STD_TORCH_CHECK(ask(index_, &stream) == 0, op_, ": PyTorch gave no CUDA stream");
+    if (ask(index_, &stream) != 0) fail(op_, ": PyTorch gave no CUDA stream");
     return static_cast<cudaStream_t>(stream);
   }
 

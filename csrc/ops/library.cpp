@@ -15,9 +15,9 @@ std::string cpu_level() { return cpu::level_name(cpu::level()); }
 bool cpu_has_matrix_tiles() { return cpu::has_matrix_tiles(); }
 
 void set_cpu_level(std::string name) {
-  STD_TORCH_CHECK(cpu::set_level(name.c_str()), "set_cpu_level: the level must be generic, avx2, ",
-                  "avx512 or avx512_bf16 and one that this processor has (its best is ",
-                  cpu::level_name(cpu::best_level()), "), got ", name);
+  if (!cpu::set_level(name.c_str()))
+    fail("set_cpu_level: the level must be generic, avx2, avx512 or avx512_bf16 and one that this ",
+         "processor has (its best is ", cpu::level_name(cpu::best_level()), "), got ", name);
 }
 
 }  // namespace

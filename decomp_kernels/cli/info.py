@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import decomp_kernels as dk
-from decomp_kernels import dispatch, native_library
+from decomp_kernels import dispatch, native_library, tables
 from decomp_kernels.bench import record
 
 OPTIONAL = {  # package: what needs it
@@ -62,6 +62,10 @@ def _auto() -> str:
         chosen = dispatch.choose(torch.empty(0), has=dispatch.IMPLS)
     except (RuntimeError, ValueError) as error:
         return f"nothing ({error})"
+    try:
+        tables.entries(tables.IMPLEMENTATIONS)
+    except ValueError as error:
+        return f"nothing ({error})"
     if dispatch.named("auto") == "auto" and native_library.why_not_loaded() is None:
         return (
             "what was measured fastest for the size, native:passes or aten (decomp-kernels explain)"
@@ -80,7 +84,7 @@ def _native() -> dict[str, Any]:
         "why_not": why,
         "cpu_level": native_library.cpu_level(),
         "built": native_library.build_info(),
-        "archs": native_library.record().get("cuda_archs", []),
+        "archs": native_library.record().get("cuda_archs") or [],
         "missing": native_library.missing(),
         "unserved_gpus": {
             name: reason

@@ -104,7 +104,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     told.add_argument("--json", action="store_true")
     told.set_defaults(run=explain.run)
 
-    tuned = commands.add_parser("tune", help="measure tiles and implementations on this GPU")
+    tuned = commands.add_parser("tune", help="measure tiles and implementations here")
     if arguments[:1] == ["tune"]:
         from decomp_kernels.cli import tune
 

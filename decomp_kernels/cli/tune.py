@@ -111,7 +111,10 @@ def _tiles(args, device, arch, folder, measured) -> list[dict[str, Any]]:
 def _implementations(args, device, arch, folder, measured) -> list[dict[str, Any]]:
     until = time.monotonic() + 60.0 * args.minutes
     rows = []
-    for cell in _cells(args):
+    cells = _cells(args)
+    if not cells:
+        raise BadInput("no cell is left to measure: take fewer --tokens")
+    for cell in cells:
         if time.monotonic() >= until:
             _say(f"{cell.label}: no time left")
             continue
@@ -174,6 +177,8 @@ def _device(args: argparse.Namespace) -> torch.device:
         raise BadInput(
             f"--rounds and --minutes must be positive, got {args.rounds}, {args.minutes}"
         )
+    if any(M < 1 for M in args.tokens or ()) or any(r < 0 for r in args.ranks or ()):
+        raise BadInput("--tokens must be 1 or more and --ranks 0 or more")
     if args.cpu:
         if args.dry or args.part:
             raise BadInput("--cpu measures implementations on the CPU: leave --dry and --part out")

@@ -31,8 +31,7 @@ torch.library.define(
 def _squared_rows(weight):
     """By what was measured fastest: its one call a layer has no ``impl``."""
     asked = work("squared_rows", "forward", weight, weight, None)
-    arch = dispatch.architecture(weight.device)
-    if dispatch.fastest(weight, arch, dispatch.NATIVE_FORMS, asked) in dispatch.NATIVE_FORMS:
+    if dispatch.fastest(weight, dispatch.NATIVE_FORMS, asked) in dispatch.NATIVE_FORMS:
         return implementation(weight, "native:passes", reference, aten, _FILES).squared_rows(weight)
     return aten.squared_rows(weight)
 
