@@ -4,6 +4,9 @@ Maths: reference/decomposed_linear.py.  Forward is the down projection and one k
 backward is one pass over dY, one over x, and one kernel for d_x and d_in_scale.  The rank-r operand
 pair runs through the main loop of that kernel, so that no term of the size of y or of x is written
 but z, where it is kept, x * in_scale and out_scale * dy.
+
+Float32 adapters keep float32 precision in t, dt, dA and dB; what enters the fused product (v and B,
+dt and A) is rounded to x's dtype, as its result is.
 """
 
 from typing import Any
