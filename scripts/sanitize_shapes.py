@@ -112,6 +112,27 @@ def dequantize(data, ops, M, N, r, dtype):
     ops.dequantize(codes, drawn(-(-M * N // block)), "nf4", M, N, dtype)
 
 
+def some_calls(function, number, ops, levels, made):
+    """A test of one operator with examples of its own."""
+
+    @seed(number)
+    @settings(
+        max_examples=40, database=None, deadline=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(
+        data=st.data(), M=SIZES, N=SIZES, r=st.integers(0, 70), dtype=BIG,
+        level=st.sampled_from(levels), threads=st.integers(1, 3),
+    )  # fmt: skip
+    def one(data, M, N, r, dtype, level, threads):
+        torch.set_num_threads(threads)
+        native_library.set_cpu_level(level)
+        made[function.__name__] += 1
+        function(data, ops, M, N, r, dtype)
+
+    return one
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=120.0)
@@ -129,23 +150,7 @@ def main() -> int:
     while time.monotonic() < until:
         for function in CALLS:
             number += 1
-
-            @seed(number)
-            @settings(
-                max_examples=40, database=None, deadline=None, phases=[Phase.generate],
-                suppress_health_check=list(HealthCheck),
-            )  # fmt: skip
-            @given(
-                data=st.data(), M=SIZES, N=SIZES, r=st.integers(0, 70), dtype=BIG,
-                level=st.sampled_from(levels), threads=st.integers(1, 3),
-            )  # fmt: skip
-            def one(data, M, N, r, dtype, level, threads, function=function):
-                torch.set_num_threads(threads)
-                native_library.set_cpu_level(level)
-                made[function.__name__] += 1
-                function(data, ops, M, N, r, dtype)
-
-            one()
+            some_calls(function, number, ops, levels, made)()
     counts = ", ".join(f"{name} {count}" for name, count in made.items())
     print(f"sanitize: no fault at levels {', '.join(levels)}; calls: {counts}")
     return 0
