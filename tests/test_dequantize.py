@@ -17,7 +17,6 @@ DTYPES = {
     "fp16": torch.float16,
 }
 SHAPES = [(37, 53), (1, 1), (1, 2), (3, 64), (16, 256), (7, 31), (0, 5), (5, 0), (130, 67)]
-LEVELS_OF_CPU = ("generic", "avx2", "avx512", "avx512_bf16")
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -50,21 +49,6 @@ def both_formats(shape, block=64):
     int8, of_rows = rows(shape)
     yield "nf4", bytes_, absmax, exact_nf4(codes, absmax, block, shape)
     yield "int8", int8, of_rows, int8.double() * of_rows.double()[:, None] / 127
-
-
-@pytest.fixture(params=LEVELS_OF_CPU)
-def level(request):
-    """One of this machine's instruction sets."""
-    if why := native_library.why_not_loaded():
-        pytest.skip(why)
-    ops = native_library.ops()
-    before = ops.cpu_level()
-    try:
-        ops.set_cpu_level(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield request.param
-    ops.set_cpu_level(before)
 
 
 @pytest.mark.parametrize("impl", ["reference", "aten"])

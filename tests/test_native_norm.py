@@ -19,7 +19,6 @@ from decomp_kernels.reference import gram as gram_reference
 from decomp_kernels.reference import row_norm as reference
 from decomp_kernels.testing import assert_as_good_as, relative_error
 
-LEVELS = ("generic", "avx2", "avx512", "avx512_bf16")
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "bf16": (torch.bfloat16, torch.bfloat16),
@@ -31,21 +30,6 @@ RANKS = (1, 3, 16, 17, 64, 100)
 SHAPES = [(0, 5), (1, 7), (5, 0), (1, 1), (37, 53), (24, 32), (601, 40), (300, 600), (13, 5600)]
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    """One of this machine's instruction sets."""
-    if why := native_library.why_not_loaded():
-        pytest.skip(why)
-    ops = native_library.ops()
-    before = ops.cpu_level()
-    try:
-        ops.set_cpu_level(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    yield request.param
-    ops.set_cpu_level(before)
 
 
 @pytest.fixture

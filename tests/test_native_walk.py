@@ -19,7 +19,6 @@ if why := native_library.why_not_loaded():
 
 OPS = native_library.ops()
 F32, B16 = torch.float32, torch.bfloat16
-LEVELS = ["generic", "avx2", "avx512", "avx512_bf16"]
 DTYPES = [(F32, F32), (B16, B16), (B16, F32), (F32, B16)]  # of the large and of the small operands
 RANKS = [1, 3, 16, 17, 64, 100]
 ACTIVATIONS = ["identity", "relu", "silu", "gelu", "tanh"]
@@ -30,18 +29,6 @@ SHAPES = [(1, 1), (2, 31), (7, 33), (33, 128), (67, 131), (1030, 40), (5, 1037)]
 dtypes = pytest.mark.parametrize(
     ("wide", "small"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    """Each instruction set in turn; the best one again afterwards."""
-    best = OPS.cpu_level()
-    try:
-        OPS.set_cpu_level(request.param)
-    except RuntimeError:
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    OPS.set_cpu_level(best)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "checks.h"
+#include "shares.h"
 
 #ifdef DK_CUDA
 #include "../cuda/dequantize.h"
@@ -16,10 +17,6 @@
 
 namespace decomp_kernels {
 namespace {
-
-constexpr int64_t kElementsPerThread = 1 << 16;  // fewer are not worth another thread
-
-int64_t blocks(int64_t size, int64_t block) { return size / block + (size % block != 0); }
 
 // Elements of each block but the last where ``elements`` make that many, 0 where they cannot.
 int64_t block_size(int64_t elements, int64_t count) {
@@ -78,8 +75,7 @@ Tensor dequantize(Tensor weight, Tensor weight_scale, std::string weight_format,
 
   const auto run = call.nf4 ? DK_AT_LEVEL(dequantize_nf4) : DK_AT_LEVEL(dequantize_int8);
   const int64_t units = call.nf4 ? blocks(call.elements, cpu::kNf4Elements) : rows;
-  const int64_t grain = kElementsPerThread / ((call.nf4 ? cpu::kNf4Elements : cols) + 1) + 1;
-  torch::stable::parallel_for(0, units, grain,
+  torch::stable::parallel_for(0, units, grain(call.nf4 ? cpu::kNf4Elements : cols),
                               [&](int64_t begin, int64_t end) { run(a, begin, end); });
   return out;
 }

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
+#include "shares.h"
 
 #ifdef DK_CUDA
 #include "../cuda/merged_weight.h"
@@ -14,8 +15,6 @@
 
 namespace decomp_kernels {
 namespace {
-
-constexpr int64_t kElementsPerThread = 1 << 16;  // of W: fewer are not worth another thread
 
 // Returns r, 0 without a branch.
 int64_t check_all(const Checks& check, const Tensor& weight, const OptionalTensor& down,
@@ -66,10 +65,8 @@ Tensor merged_weight(Tensor weight, OptionalTensor down, OptionalTensor up, Opti
   a.wide = static_cast<float*>(wide.mutable_data_ptr());
   a.out = out.mutable_data_ptr();
 
-  const int64_t units = (N + cpu::kMergedRows - 1) / cpu::kMergedRows;
-  const int64_t grain = kElementsPerThread / (cpu::kMergedRows * K + 1) + 1;
   const auto run = DK_AT_LEVEL(merged_weight);
-  torch::stable::parallel_for(0, units, grain,
+  torch::stable::parallel_for(0, blocks(N, cpu::kMergedRows), grain(cpu::kMergedRows * K),
                               [&](int64_t begin, int64_t end) { run(a, begin, end); });
   return out;
 }

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "checks.h"
+#include "shares.h"
 
 #ifdef DK_CUDA
 #include "../cuda/row_norm.h"
@@ -16,15 +17,6 @@
 
 namespace decomp_kernels {
 namespace {
-
-constexpr int64_t kElementsPerThread = 1 << 16;  // of W: fewer are not worth another thread
-
-int64_t blocks(int64_t size, int64_t block) { return (size + block - 1) / block; }
-
-// Units of work a thread takes at least, where a unit reads ``elements`` of W.
-int64_t grain(int64_t elements) {
-  return elements < 1 ? kElementsPerThread : blocks(kElementsPerThread, elements);
-}
 
 struct Shapes {
   int64_t N, K, r;

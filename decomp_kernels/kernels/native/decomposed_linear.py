@@ -6,6 +6,8 @@ out_scale * dY; one over x for dA with the mask again; the expansion that the ba
 where it is masked or of float32 operands.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +62,8 @@ def forward(
     return y, t, z if keep_z else None
 
 
-def backward(
+def backward_by(
+    input_gradient: Callable[..., tuple[Tensor | None, Tensor | None]],
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor,
@@ -78,6 +81,11 @@ def backward(
     activation: str,
     needs: Gradients | tuple[bool, ...],
 ) -> Gradients:
+    """The backward of both native forms, whose ways to (d_x, d_in_scale) differ.
+
+    input_gradient(g, weight, dt, down, seed, dropout, in_scale, x, need_x): x [M, K] where
+    d_in_scale is wanted, dt [M, r] and down [r, K] where there is a branch, else None.
+    """
     need: Any = Gradients(*needs)
     dy = dy.contiguous()
     need_dX = bool(need.x or need.in_scale)
@@ -86,28 +94,17 @@ def backward(
         scaled=bool(need_dX or need.weight or need.addend),
     )  # fmt: skip
     g = dy if g is None else g
-    d_down = None
+    x = None if x is None else x.contiguous()
+    d_down = d_x = d_in = None
     if need.down and dt is not None and x is not None:
-        d_down = d_down_of(x.contiguous(), dt, in_scale, seed, dropout)
-    d_x = d_in = None
+        d_down = _d_down(x, dt, in_scale, seed, dropout)
     if need_dX:
-        if dt is None or down is None:
-            d_x = g @ weight
-        elif dt.dtype == dy.dtype and seed is None:  # nothing to mask or to widen: library calls
-            if dispatch.base_gemm_first(dy):
-                d_x = gemm.accumulate(g @ weight, dt, down)
-            else:
-                d_x = gemm.accumulate(dt @ down, g, weight)
-        else:
-            d_x = up_expansion(dt, down, dy.dtype, seed=seed, dropout=dropout)
-            d_x = gemm.accumulate(d_x, g, weight)
-        if in_scale is not None:
-            summed = bool(need.in_scale)
-            other = None if x is None or not summed else x.contiguous()
-            walked = column_walk(d_x, None, None, other, in_scale if need.x else None, False)
-            d_x, d_in = walked.scaled, walked.p
+        d_x, d_in = input_gradient(
+            g, weight, dt, None if dt is None else down, seed, dropout, in_scale,
+            x if need.in_scale else None, bool(need.x),
+        )  # fmt: skip
     return found._replace(
-        x=d_x if need.x else None,
+        x=d_x,
         weight=composition.weight_gradient(g, x, in_scale) if need.weight else None,
         down=d_down,
         in_scale=d_in,
@@ -115,7 +112,38 @@ def backward(
     )
 
 
-def d_down_of(
+def _input_gradient(
+    g: Tensor,
+    weight: Tensor,
+    dt: Tensor | None,
+    down: Tensor | None,
+    seed: Tensor | None,
+    dropout: float,
+    in_scale: Tensor | None,
+    x: Tensor | None,
+    need_x: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """By the library's GEMM, on top of what the branch adds."""
+    if dt is None or down is None:
+        d_X = g @ weight
+    elif dt.dtype == g.dtype and seed is None:  # nothing to mask or to widen: library calls
+        if dispatch.base_gemm_first(g):
+            d_X = gemm.accumulate(g @ weight, dt, down)
+        else:
+            d_X = gemm.accumulate(dt @ down, g, weight)
+    else:
+        d_X = up_expansion(dt, down, g.dtype, seed=seed, dropout=dropout)
+        d_X = gemm.accumulate(d_X, g, weight)
+    if in_scale is None:
+        return d_X if need_x else None, None
+    walked = column_walk(d_X, None, None, x, in_scale if need_x else None, False)
+    return walked.scaled, walked.p
+
+
+backward = partial(backward_by, _input_gradient)
+
+
+def _d_down(
     x: Tensor, dt: Tensor, in_scale: Tensor | None, seed: Tensor | None, dropout: float
 ) -> Tensor:
     """dA = dt^T drop(x) [r, K], times in_scale; dt is divided by the kept fraction."""

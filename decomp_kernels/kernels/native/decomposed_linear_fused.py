@@ -9,16 +9,14 @@ Float32 adapters keep float32 precision in t, dt, dA and dB; what enters the fus
 dt and A) is rounded to x's dtype, as its result is.
 """
 
-from typing import Any
+from functools import partial
 
 from torch import Tensor
 
 from decomp_kernels import native_library
 from decomp_kernels.kernels import columns, composition
-from decomp_kernels.kernels.native.decomposed_linear import d_down_of
-from decomp_kernels.kernels.native.passes import column_walk, down_projection
-from decomp_kernels.kernels.over_dy import over_dy
-from decomp_kernels.reference.decomposed_linear import Gradients
+from decomp_kernels.kernels.native.decomposed_linear import backward_by
+from decomp_kernels.kernels.native.passes import down_projection
 
 
 def forward(
@@ -50,50 +48,6 @@ def forward(
     return y, t, z
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    down: Tensor | None,
-    up: Tensor | None,
-    core: Tensor | None,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    t: Tensor | None,
-    z: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-    activation: str,
-    needs: Gradients | tuple[bool, ...],
-) -> Gradients:
-    need: Any = Gradients(*needs)
-    dy = dy.contiguous()
-    need_dX = bool(need.x or need.in_scale)
-    dt, found, g = over_dy(
-        column_walk, dy, up, core, out_scale, t, z, seed, scale, dropout, activation, need,
-        scaled=bool(need_dX or need.weight or need.addend),
-    )  # fmt: skip
-    g = dy if g is None else g
-    d_down = None
-    if need.down and dt is not None and x is not None:
-        d_down = d_down_of(x.contiguous(), dt, in_scale, seed, dropout)
-    d_x = d_in = None
-    if need_dX:
-        d_x, d_in = fused_input_gradient(
-            g, weight, dt=dt, down=None if dt is None else down, seed=seed, dropout=dropout,
-            in_scale=in_scale, x=x if need.in_scale else None, need_x=bool(need.x),
-        )  # fmt: skip
-    return found._replace(
-        x=d_x,
-        weight=composition.weight_gradient(g, x, in_scale) if need.weight else None,
-        down=d_down,
-        in_scale=d_in,
-        addend=g if need.addend else None,
-    )
-
-
 def fused_forward(
     x: Tensor,
     weight: Tensor,
@@ -122,7 +76,6 @@ def fused_forward(
 def fused_input_gradient(
     g: Tensor,
     weight: Tensor,
-    *,
     dt: Tensor | None = None,
     down: Tensor | None = None,
     seed: Tensor | None = None,
@@ -143,6 +96,9 @@ def fused_input_gradient(
         None if x is None else x.contiguous(), None if dt is None else seed, dropout, need_x, form,
     )  # fmt: skip
     return d_x if need_x else None, None if x is None else d_in
+
+
+backward = partial(backward_by, fused_input_gradient)
 
 
 def _float(t: Tensor | None) -> Tensor | None:
