@@ -25,7 +25,6 @@ from torch.nn import functional as F
 
 from decomp_kernels import native_library
 from decomp_kernels.bench import engine, tune
-from decomp_kernels.bench.engine import Contender
 
 TESTS = ("tests/test_native_operator.py", "tests/test_native_walk.py", "tests/test_native_norm.py")
 SANITIZED = "tests/test_native_operator.py::test_odd_shapes_and_ranks"
@@ -60,7 +59,7 @@ def extension(args: argparse.Namespace, device: torch.device, path: Path, until:
             for label, call in make(M, N, K, r, device):
                 try:
                     call()
-                    contenders.append(Contender(label, call, lambda out: None, lambda: None, label))
+                    contenders.append(engine.call(label, call))
                 except Exception as error:  # one that cannot run must not lose the others
                     failed[label] = f"{type(error).__name__}: {str(error)[:300]}"
             samples = engine.measure(

@@ -1,16 +1,8 @@
-"""Host kernels on weights next to the library calls they stand in for, in interleaved calls.
+"""Host kernels on weights and the library calls they stand in for: cases of native_kernels.py.
 
-    OMP_NUM_THREADS=1 python benchmarks/native_norm.py [--threads 1] [--rounds 40] [--only row_norm]
-
-Row norms, merged weights, Gram matrices of a model's factors, and dequantisation.  A row is the
-median and the quartiles of aten's time over the kernel's, round by round: above 1 the kernel wins.
-One thread is timed by the CPU time of the process, which other processes disturb least; several by
-the clock on the wall.
+Row norms, merged weights, Gram matrices of a model's factors, and dequantisation.
 """
 
-import argparse
-import statistics
-import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,7 +13,7 @@ from decomp_kernels.kernels.aten import row_norm as aten_row_norm
 from decomp_kernels.kernels.native import dequantize, gram, merged_weight, row_norm
 from decomp_kernels.reference import decomposed_linear as reference
 
-SIZES = (1024, 2048)
+SIZES = (1024, 2048, 4096)
 RANKS = (16, 64)
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -104,7 +96,7 @@ def grams() -> Iterator[Case]:
 
 
 def codes() -> Iterator[Case]:
-    for size in (*SIZES, 4096):
+    for size in SIZES:
         nf4 = torch.randint(0, 256, (size * size // 2,), dtype=torch.uint8)
         int8 = torch.randint(-127, 128, (size, size), dtype=torch.int8)
         for kind, weight, absmax in (
@@ -120,44 +112,6 @@ def codes() -> Iterator[Case]:
                 )  # fmt: skip
 
 
-TOPICS = {"row_norm": row_norms, "merged_weight": merges, "gram": grams, "dequantize": codes}
-
-
-def timed(run: Callable[[], object], threads: int) -> float:
-    clock = time.process_time if threads == 1 else time.perf_counter
-    start = clock()
-    run()
-    return clock() - start
-
-
-def measure(case: Case, rounds: int, threads: int) -> str:
-    name, shape, aten, native = case
-    for run in (aten, native):
-        run()
-    ratios, times = [], []
-    for turn in range(rounds):
-        order = (aten, native) if turn % 2 else (native, aten)
-        took = {run: timed(run, threads) for run in order}
-        ratios.append(took[aten] / took[native])
-        times.append(took[native])
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    milliseconds = 1e3 * statistics.median(times)
-    return f"{name:18s} {shape:24s} {middle:6.2f} {low:6.2f} {high:6.2f} {milliseconds:9.3f}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--only", choices=TOPICS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    print(f"{'kernel':18s} {'shape':24s} {'ratio':>6s} {'25 %':>6s} {'75 %':>6s} {'native ms':>9s}")
-    for topic in [options.only] if options.only else TOPICS:
-        for case in TOPICS[topic]():
-            print(measure(case, options.rounds, options.threads), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def cases() -> Iterator[Case]:
+    for topic in (row_norms, merges, grams, codes):
+        yield from topic()

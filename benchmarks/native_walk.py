@@ -1,17 +1,10 @@
-"""Host kernels that walk a large matrix against the library calls of kernels/composition.py.
+"""Host kernels that walk a large matrix and the library calls of kernels/composition.py that they
+stand in for: cases of native_kernels.py.
 
-    python benchmarks/native_walk.py                      one thread, by its processor time
-    python benchmarks/native_walk.py --threads 2          by the wall clock
-    python benchmarks/native_walk.py --only dora --rounds 50 --level avx2
-
-Both sides compute the same results from the same tensors, small ones included, in alternate calls.
-A ratio is the library's time over the kernel's, of one round; the table has median and quartiles.
+Both sides compute the same results from the same tensors, small ones included.
 """
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,6 +25,7 @@ DTYPES = {
 DROPOUT, SCALE = 0.05, 2.0
 ALL = Gradients(*[True] * 9)
 Pair = tuple[Callable[[], object], Callable[[], object]]
+Case = tuple[str, str, Callable[[], object], Callable[[], object]]
 
 
 class Layer(NamedTuple):
@@ -145,50 +139,10 @@ CASES: dict[str, Callable[[Layer], Pair]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--dtype", default="", help="one of " + "; ".join(DTYPES))
-    parser.add_argument("--rank", type=int, help="this rank alone")
-    parser.add_argument("--level", help="the instruction set")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    if args.level:
-        native_library.ops().set_cpu_level(args.level)
-    clock = time.thread_time if args.threads == 1 else time.perf_counter
-    level = native_library.ops().cpu_level()
-    print(f"{args.threads} thread(s), {level}, torch {torch.__version__}")
-    print(f"{'kernel':26}{'M x K = N':>12}{'r':>4}  {'dtype':21}", end="")
-    print(f"{'aten ms':>8}{'native':>8}{'ratio':>7}")
+def cases() -> Iterator[Case]:
     for name, dtypes in DTYPES.items():
-        if args.dtype and args.dtype != name:
-            continue
         for M, K, N in SHAPES:
-            for r in [args.rank] if args.rank else RANKS:
+            for r in RANKS:
                 operands = layer(M, K, N, r, *dtypes)
                 for case, build in CASES.items():
-                    if args.only.lower() in case.lower():
-                        print(f"{case:26}{f'{M} x {K}':>12}{r:>4}  {name:21}", end="")
-                        print(row(build(operands), args.rounds, clock), flush=True)
-
-
-def row(pair: Pair, rounds: int, clock: Callable[[], float]) -> str:
-    times: list[list[float]] = [[], []]
-    for number in range(rounds + 2):
-        for side in (0, 1) if number % 2 else (1, 0):
-            start = clock()
-            pair[side]()
-            took = clock() - start
-            if number >= 2:
-                times[side].append(took)
-    ratios = [aten / native for aten, native in zip(*times, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    aten, native = (1e3 * statistics.median(side) for side in times)
-    return f"{aten:8.3f}{native:8.3f}{middle:7.2f}  ({low:.2f} to {high:.2f})"
-
-
-if __name__ == "__main__":
-    main()
+                    yield case, f"{M} x {K} r={r} {name}", *build(operands)

@@ -129,6 +129,11 @@ def layer(name: str, module: nn.Module, x: Tensor, dy: Tensor, path: str = "") -
     )
 
 
+def call(name: str, function: Callable[[], Any]) -> Contender:
+    """A plain call, with nothing to differentiate: its time is its forward's."""
+    return Contender(name, function, lambda _: None, lambda: None)
+
+
 class _Mark:
     """A place in a device's queue; the difference of two waits for the later one."""
 

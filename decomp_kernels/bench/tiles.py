@@ -126,7 +126,7 @@ def _contender(
         with tables.trial(kernel, config):
             run()
 
-    return Contender(name, forward, lambda _: None, lambda: None)
+    return engine.call(name, forward)
 
 
 def _flat(results: Any) -> list[Tensor]:
