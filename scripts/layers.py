@@ -10,6 +10,7 @@ LAYERS = [
     },
     {
         "factors": "the form that every method lowers to",
+        "peft_form": "how PEFT spells a method",
         "dispatch": "which implementation runs, and why",
         "roofline": "what an implementation computes and moves at the least",
     },

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, LowRank, method
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 _TRIPLET = ("down", "core", "up")
 
@@ -39,7 +40,26 @@ class AdaLoRA(LowRank):
     formula = "W + s B diag(e) A"
     citation = "arXiv:2303.10512"
     trains = "r (N + K) + r"
-    peft = "AdaLoraConfig"
+    peft_form = PeftForm(
+        "AdaLoraConfig",
+        "ADALORA",
+        tensors={
+            "down": PeftTensor("lora_A.*"),
+            "up": PeftTensor("lora_B.*"),
+            "core": PeftTensor("lora_E.*", "column"),
+        },
+        options={
+            "r": "init_r",
+            "alpha": "lora_alpha",
+            "dropout": "lora_dropout",
+            **{
+                name: name
+                for name in (
+                    "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight"
+                )
+            },
+        },
+    )  # fmt: skip
     aliases = {"init_r": "r"}
 
     r: int = 12

@@ -29,6 +29,7 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import ACTIVATIONS, Factors
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.merged_weight import merged_weight
+from decomp_kernels.peft_form import PeftForm
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -130,6 +131,7 @@ class Method:
     formula: ClassVar[str]
     citation: ClassVar[str]
     trains: ClassVar[str]  # trainable parameters of one layer, as a formula
+    peft_form: ClassVar[PeftForm | None] = None  # where PEFT has the same method
     peft: ClassVar[str] = "none"  # the PEFT configuration that computes the same function
     identity_at_start: ClassVar[bool] = True
     full_rank_limit: ClassVar[bool] = False  # True where r above min(N, K) has no meaning
@@ -287,6 +289,9 @@ def method(name: str) -> Callable[[Made], Made]:
             raise TypeError(f"two methods are named {name!r}")
         made: Any = dataclass(frozen=True, kw_only=True)(cls)
         made.name = name
+        made.peft_form = cls.__dict__.get("peft_form")  # a method made from another one is another
+        if made.peft_form is not None:
+            made.peft = str(made.peft_form)
         generated = made.__init__
 
         def __init__(self: Any, *values: Any, **options: Any) -> None:

@@ -17,6 +17,7 @@ from decomp_kernels.factors import BlockRotate, Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.methods.oft import cayley
 from decomp_kernels.ops.autocast import no_autocast
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 DEFAULT_SIZE = 4
 
@@ -30,7 +31,21 @@ class BOFT(Method):
     formula = "diag(s_out) W R^T,  R = R_m ... R_1"
     citation = "arXiv:2311.06243"
     trains = "m K b + N"
-    peft = "BOFTConfig; n_butterfly_factor above 1 needs its CUDA extension"
+    peft_form = PeftForm(
+        "BOFTConfig",
+        "BOFT",
+        tensors={
+            "rotation": PeftTensor("boft_R.*"),
+            "out_scale": PeftTensor("boft_s.*", "column"),
+        },
+        options={
+            "block_size": "boft_block_size",
+            "block_num": "boft_block_num",
+            "n_butterfly_factor": "boft_n_butterfly_factor",
+        },
+        fixed={"boft_dropout": 0.0},
+        note="n_butterfly_factor above 1 needs its CUDA extension",
+    )
     impls = dispatch.NOT_NATIVE
     aliases = {
         "boft_block_size": "block_size",

@@ -16,8 +16,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, LowRank, method
+from decomp_kernels.methods.lora import LORA_OPTIONS, LORA_TENSORS
 from decomp_kernels.ops.dropout import counter_dropout
 from decomp_kernels.ops.row_norm import row_norm, squared_rows
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 _optimizer_steps = 0
 
@@ -43,7 +45,14 @@ class DoRA(LowRank):
     formula = "diag(m / ||V||) V,  V = W + s B A"
     citation = "arXiv:2402.09353"
     trains = "r (N + K) + N"
-    peft = "LoraConfig(use_dora=True)"
+    peft_form = PeftForm(
+        "LoraConfig",
+        "LORA",
+        tensors=LORA_TENSORS | {"magnitude": PeftTensor("lora_magnitude_vector.*.weight")},
+        options=LORA_OPTIONS,
+        fixed={"use_dora": True, "lora_bias": False},
+        ours={"dropout_mode": "peft", "norm_dtype": "match"},
+    )
 
     norm_grad: bool = False
     cache_norm: bool = False

@@ -9,6 +9,7 @@ The rank of W * (B A) can reach r times that of W.  LieRA is the same with a sca
 from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors, Hadamard
 from decomp_kernels.methods.base import Adapter, Base, Method, method
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 
 @method("hira")
@@ -18,7 +19,13 @@ class HiRA(Method):
     formula = "W * (1 + B A)"
     citation = "openreview TwJrTz9cRS"
     trains = "r (N + K)"
-    peft = "HiraConfig"
+    peft_form = PeftForm(
+        "HiraConfig",
+        "HIRA",
+        tensors={"down": PeftTensor("hira_A.*"), "up": PeftTensor("hira_B.*")},
+        options={"r": "r"},
+        fixed={"hira_dropout": 0.0},
+    )
     impls = dispatch.NOT_NATIVE
 
     r: int = 32

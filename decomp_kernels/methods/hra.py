@@ -19,6 +19,7 @@ from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.ops.autocast import no_autocast
 from decomp_kernels.ops.frozen_matmul import frozen_matmul
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 
 @method("hra")
@@ -28,7 +29,12 @@ class HRA(Method):
     formula = "W (I - U T U^T)"
     citation = "arXiv:2405.17484"
     trains = "r K"
-    peft = "HRAConfig"
+    peft_form = PeftForm(
+        "HRAConfig",
+        "HRA",
+        tensors={"down": PeftTensor("hra_u.*", "transposed")},
+        options={"r": "r", "apply_GS": "apply_GS"},
+    )
 
     r: int = 8
     apply_GS: bool = False

@@ -6,6 +6,7 @@ l = out_scale [N], ones at the start
 
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 
 @method("ia3")
@@ -15,7 +16,13 @@ class IA3(Method):
     formula = "diag(l) W"
     citation = "arXiv:2205.05638"
     trains = "N"
-    peft = "IA3Config, with scale_bias=True"
+    peft_form = PeftForm(
+        "IA3Config",
+        "IA3",
+        tensors={"out_scale": PeftTensor("ia3_l.*", "column")},
+        ours={"scale_bias": True},
+        note="with scale_bias=True",
+    )
 
     scale_bias: bool = False
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.factors import DoubleHadamard, Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 LARGEST_BRANCH = 64  # rank of a branch that still costs less than another weight
 
@@ -26,7 +27,18 @@ class LoHa(Method):
     formula = "W + s (B1 A1) * (B2 A2)"
     citation = "arXiv:2108.06098"
     trains = "2 r (N + K)"
-    peft = "LoHaConfig"
+    peft_form = PeftForm(
+        "LoHaConfig",
+        "LOHA",
+        tensors={
+            "up1": PeftTensor("hada_w1_a.*"),
+            "down1": PeftTensor("hada_w1_b.*"),
+            "up2": PeftTensor("hada_w2_a.*"),
+            "down2": PeftTensor("hada_w2_b.*"),
+        },
+        options={"r": "r", "alpha": "alpha"},
+        fixed={"rank_dropout": 0.0, "module_dropout": 0.0},
+    )
     impls = dispatch.NOT_NATIVE
 
     r: int = 8

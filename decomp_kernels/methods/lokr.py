@@ -16,6 +16,7 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.ops.kron import kron_linear
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 
 @method("lokr")
@@ -30,7 +31,25 @@ class LoKr(Method):
     formula = "W + s (C kron D)"
     citation = "arXiv:2309.14859"
     trains = "a b + c d, or a b + r (c + d), or r (a + b + c + d)"
-    peft = "LoKrConfig"
+    peft_form = PeftForm(
+        "LoKrConfig",
+        "LOKR",
+        tensors={
+            "left": PeftTensor("lokr_w1.*"),
+            "left_up": PeftTensor("lokr_w1_a.*"),
+            "left_down": PeftTensor("lokr_w1_b.*"),
+            "right": PeftTensor("lokr_w2.*"),
+            "right_up": PeftTensor("lokr_w2_a.*"),
+            "right_down": PeftTensor("lokr_w2_b.*"),
+        },
+        options={
+            "r": "r",
+            "alpha": "alpha",
+            "decompose_both": "decompose_both",
+            "decompose_factor": "decompose_factor",
+        },
+        fixed={"rank_dropout": 0.0, "module_dropout": 0.0},
+    )
     impls = ("auto", *dispatch.EVERYWHERE)
 
     r: int = 8

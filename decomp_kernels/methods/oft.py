@@ -19,6 +19,7 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import BlockRotate, Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.ops.autocast import no_autocast
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 DEFAULT_SIZE = 32
 
@@ -35,7 +36,21 @@ class OFT(Method):
     formula = "W R^T,  R = blockdiag(R_1, ..., R_q)"
     citation = "arXiv:2306.07280"
     trains = "K (b - 1) / 2"
-    peft = "OFTConfig"
+    peft_form = PeftForm(
+        "OFTConfig",
+        "OFT",
+        tensors={"rotation": PeftTensor("oft_R.*.weight")},
+        options={
+            "r": "r",
+            "block_size": "oft_block_size",
+            "block_share": "block_share",
+            "use_cayley_neumann": "use_cayley_neumann",
+            "num_cayley_neumann_terms": "num_cayley_neumann_terms",
+            "coft": "coft",
+            "eps": "eps",
+        },
+        fixed={"module_dropout": 0.0},
+    )
     impls = dispatch.NOT_NATIVE
     aliases = {"oft_block_size": "block_size"}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors, Scatter
 from decomp_kernels.methods.base import Adapter, Base, Method, method
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 MASKS = ("random", "magnitude")
 
@@ -26,7 +27,18 @@ class Sparse(Method):
     formula = "W + scatter(values)"
     citation = "arXiv:2406.13175"
     trains = "density N K, or r (N + K)"
-    peft = 'ShiraConfig, with mask="random"'
+    peft_form = PeftForm(
+        "ShiraConfig",
+        "SHIRA",
+        tensors={
+            "values": PeftTensor("shira_weight.*"),
+            "rows": PeftTensor("shira_indices.*", "first"),
+            "cols": PeftTensor("shira_indices.*", "second"),
+        },
+        options={"r": "r"},
+        ours={"mask": "random"},
+        note='with mask="random" and r',
+    )
     impls = dispatch.NOT_NATIVE
     aliases = {"mask_type": "mask"}
 

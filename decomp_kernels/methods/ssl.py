@@ -8,6 +8,7 @@ The paper writes W as [in, out], so its left side is the input; here W is [N, K]
 
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 
 @method("ssl")
@@ -15,7 +16,12 @@ class SSL(Method):
     formula = "W diag(s_in)"
     citation = "arXiv:2407.05417"
     trains = "K"
-    peft = "IA3Config, the layer in feedforward_modules"
+    peft_form = PeftForm(
+        "IA3Config",
+        "IA3",
+        tensors={"in_scale": PeftTensor("ia3_l.*", "row")},
+        note="the layer in feedforward_modules",
+    )
 
     def create(self, adapter: Adapter, base: Base) -> None:
         adapter.in_scale = base.scales(base.in_features)

@@ -14,6 +14,7 @@ from torch import nn
 
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
+from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 
 @method("vera")
@@ -25,7 +26,22 @@ class VeRA(Method):
     formula = "W + diag(l_b) B0 diag(l_d) A0"
     citation = "arXiv:2310.11454"
     trains = "N + r"
-    peft = "VeraConfig"
+    peft_form = PeftForm(
+        "VeraConfig",
+        "VERA",
+        tensors={
+            "core": PeftTensor("vera_lambda_d.*"),
+            "up_scale": PeftTensor("vera_lambda_b.*"),
+            "shared_down": PeftTensor("vera_A.*", shared=True),
+            "shared_up": PeftTensor("vera_B.*", shared=True),
+        },
+        options={
+            "r": "r",
+            "d_initial": "d_initial",
+            "dropout": "vera_dropout",
+            "projection_prng_key": "projection_prng_key",
+        },
+    )
     aliases = {"vera_dropout": "dropout"}
 
     r: int = 256
