@@ -38,7 +38,7 @@ class Decomposed:
                 f"adapter {name!r} was made on the meta device and has no values yet; load the "
                 "base weights, then call decomp_kernels.initialize(model)"
             )
-        return adapter.method.forward(adapter, self.base(), x, self.training)
+        return adapter(self.base(), x, self.training)
 
     def base(self, path: str = "", dtype: torch.dtype | None = None) -> Base:
         """The frozen linear as methods see it: weight [out, in] and bias [out]."""
@@ -273,8 +273,9 @@ def decomposed_class(module: nn.Module) -> type[Decomposed] | None:
 
 
 def plain_class(module: Decomposed) -> type[nn.Module]:
-    """The class that the module had before it was adapted."""
-    return type(module).__bases__[1]
+    """The class that the module had before it was adapted, whatever was mixed in since."""
+    mro = type(module).__mro__
+    return mro[mro.index(Decomposed) + 1]
 
 
 def check_method(method: object) -> None:

@@ -7,6 +7,7 @@ LAYERS = [
     {
         "tables": "choices by architecture and size, shipped and measured",
         "native_library": "what was built of csrc/, loaded on first use",
+        "sharding": "tensors that lie on several processes",
     },
     {
         "factors": "the form that every method lowers to",

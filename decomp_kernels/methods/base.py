@@ -104,6 +104,12 @@ class Adapter(nn.Module):
         self.initialized = False  # False while the base weight has no values yet (meta device)
         self.frozen: set[str] = set()  # parameters that never train, such as VeRA's projections
 
+    def forward(self, base: Base, x: Tensor, training: bool) -> Tensor:
+        """The layer calls its adapter as a module, so that hooks on it run: FSDP2's gather the
+        tensors of an adapter that is a unit of its own, and accelerate's bring them to the device.
+        """
+        return self.method.forward(self, base, x, training)
+
     def extra_repr(self) -> str:
         return repr(self.method)
 

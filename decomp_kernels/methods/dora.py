@@ -20,6 +20,7 @@ from decomp_kernels.methods.lora import LORA_OPTIONS, LORA_TENSORS
 from decomp_kernels.ops.dropout import counter_dropout
 from decomp_kernels.ops.row_norm import row_norm, squared_rows
 from decomp_kernels.peft_form import PeftForm, PeftTensor
+from decomp_kernels.sharding import is_sharded
 
 _optimizer_steps = 0
 
@@ -116,8 +117,11 @@ class DoRA(LowRank):
         return adapter.kept_norm[1]
 
     def refresh(self, adapter: Adapter, base: Base) -> None:
-        adapter.weight_sq = squared_rows(base.weight.detach())
-        adapter.weight_seen = _identity(base.weight)
+        # Of a weight in shards nothing is known before a forward has it whole.
+        sharded = is_sharded(base.weight)
+        adapter.weight_sq = None if sharded else squared_rows(base.weight.detach())
+        adapter.weight_seen = None if sharded else _identity(base.weight)
+        adapter.kept_norm = None
 
     def _norm_now(self, adapter: Adapter, base: Base) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.norm_grad):
