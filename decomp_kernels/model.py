@@ -24,6 +24,7 @@ from decomp_kernels.linear import (
 from decomp_kernels.making import make_adapters, make_shared
 from decomp_kernels.methods.base import Adapter, Method
 from decomp_kernels.saved_modules import TrainedCopy, copy_of, replace_module, trained_copies
+from decomp_kernels.sharding import check_one_process
 from decomp_kernels.targets import check_names, find_targets, matches
 
 SKIPPED = "decomp_kernels_skipped"  # attributes that adapt leaves on the model
@@ -119,6 +120,7 @@ def put_adapters(
 
 def check_can_add(model: nn.Module, adapter_name: str, *, trains_biases: bool) -> None:
     """Raise where the model is in no state to take an adapter of this name."""
+    check_one_process(model, "adding an adapter")
     layers = adapted_layers(model)
     for name, layer in layers.items():
         if layer.merged_adapter is not None:
@@ -146,6 +148,7 @@ def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
     A method whose branch is no linear map refuses, and then nothing is changed.  While merged, the
     state dict holds the merged weights and the adapters: load it only into a merged model.
     """
+    check_one_process(model, "merging")
     layers = {
         n: layer for n, layer in adapted_layers(model).items() if layer.merged_adapter is None
     }
@@ -193,6 +196,7 @@ def remove(model: nn.Module) -> nn.Module:
 
     Parameters stay frozen, as ``adapt`` left them: ``model.requires_grad_(True)`` trains them all.
     """
+    check_one_process(model, "removing adapters")
     merged = any(layer.merged_adapter is not None for layer in adapted_layers(model).values())
     for layer in adapted_layers(model).values():
         layer.remove()

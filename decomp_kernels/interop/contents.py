@@ -21,10 +21,15 @@ from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods.base import Method
 from decomp_kernels.model import trained_biases
 from decomp_kernels.saved_modules import trained_copies
+from decomp_kernels.sharding import reshard, whole
 
 
 def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, dict[str, Tensor]]:
-    """Raises where there is nothing to save, or nothing that could be loaded again."""
+    """Raises where there is nothing to save, or nothing that could be loaded again.
+
+    Tensors in shards are gathered, in one order on all ranks, which must all call this.
+    """
+    reshard(model)
     every = adapted_layers(model)
     name = _which(every, adapter_name)
     layers = {path: layer for path, layer in every.items() if name in layer.adapters}
@@ -37,7 +42,7 @@ def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, d
                     f"{path} keeps {tensor_name} in its state, which is no tensor but a "
                     f"{type(tensor).__name__}: it cannot be saved; leave it out of modules_to_save"
                 )
-            tensors[module_key(path, tensor_name)] = tensor
+            tensors[module_key(path, tensor_name)] = whole(tensor)
     biases = _biases(model, every)
     tensors |= {bias_key(bias): tensor for bias, tensor in biases.items()}
     for key, tensor in tensors.items():
@@ -104,8 +109,8 @@ def _layer_tensors(adapters: dict[str, Any]) -> tuple[dict[str, Tensor], dict[st
                 f"the adapter of {path or 'the layer'} was made on the meta device and has no "
                 "values yet; load the base weights, then call decomp_kernels.initialize(model)"
             )
-        for name, tensor in adapter.state_dict(keep_vars=True).items():
-            key = layer_key(path, name)
+        for name, own in adapter.state_dict(keep_vars=True).items():
+            tensor, key = whole(own), layer_key(path, name)
             same = None
             if name in adapter.frozen:
                 same = _first_equal(tensor, frozen.setdefault(name, []), tensors)
@@ -141,7 +146,7 @@ def _biases(model: nn.Module, layers: dict[str, Any]) -> dict[str, Tensor]:
         own = ".adapters." in f".{name}" or name.startswith(apart)
         if last != "bias" or own or not (tensor.requires_grad or name in asked):
             continue
-        base = unmerged_base(layers[path]) if path in layers else (None, tensor)
+        base = unmerged_base(layers[path]) if path in layers else (None, whole(tensor))
         if base is None or base[1] is None:
             raise ValueError(
                 f"{name} is trained, and merging has overwritten it; save before merging, or "

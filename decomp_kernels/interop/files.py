@@ -35,6 +35,7 @@ from decomp_kernels.linear import adapted_layers, check_adapter_name
 from decomp_kernels.methods.base import Adapter
 from decomp_kernels.model import check_can_add, put_adapters
 from decomp_kernels.saved_modules import trained_copies
+from decomp_kernels.sharding import has_shards, writes
 
 _JSON = "adapter.json"
 _LARGEST_JSON = 256 * 2**20
@@ -50,8 +51,15 @@ def save_adapter(
     modules that are trained whole with it, trained biases, the method's options, and a fingerprint
     of the base.  A crash, a full disk or an exception leaves the adapter that was in the folder
     before, or the new one, and never a mixture.  One process at a time writes to a folder.
+
+    A model in shards (FSDP2, tensor parallel, ZeRO-3): every rank calls this, as each tensor is
+    gathered, and rank 0 writes.  Of a model that each rank has whole (DDP), call it on one rank.
     """
-    description, tensors = contents(_unwrapped(model), adapter_name)
+    model = _unwrapped(model)
+    sharded = has_shards(model)
+    description, tensors = contents(model, adapter_name)
+    if sharded and not writes():
+        return
     target = Path(folder)
     try:
         target.mkdir(parents=True, exist_ok=True)

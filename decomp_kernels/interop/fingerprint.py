@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from decomp_kernels.linear import Decomposed, plain_class
+from decomp_kernels.sharding import whole
 
 _SAMPLE = 65536
 _STEP = 2654435761
@@ -34,8 +35,8 @@ class BaseRecord(NamedTuple):
 
 def base_record(layer: Decomposed, *, bias_is_trained: bool) -> BaseRecord:
     """A trained bias is no part of the base: it is saved, and its value left out of the hash."""
-    weight = layer.base_weight()
     known = unmerged_base(layer)
+    weight = layer.base_weight() if known is None else known[0]
     values = None
     if known is not None:
         hashed = [known[0]]
@@ -52,14 +53,14 @@ def base_record(layer: Decomposed, *, bias_is_trained: bool) -> BaseRecord:
 
 
 def unmerged_base(layer: Decomposed) -> tuple[Tensor, Tensor | None] | None:
-    """(weight [out, in], bias) without any adapter; None where they were not kept."""
+    """(weight [out, in], bias) without any adapter, whole; None where they were not kept."""
+    # ``stored`` turns [out, in] into the module's layout and, as a transposition, back as well.
     if layer.merged_adapter is None:
-        return layer.base_weight(), layer.bias
+        return layer.stored(whole(layer.weight)), None if layer.bias is None else whole(layer.bias)
     if layer.kept_base is None:
         return None
     weight, bias = layer.kept_base
     dtype = layer.weight.dtype  # the model may have been converted since
-    # ``stored`` turns [out, in] into the module's layout and, as a transposition, back as well.
     return layer.stored(weight.detach().to(dtype)), None if bias is None else bias.to(dtype)
 
 

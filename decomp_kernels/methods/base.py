@@ -30,6 +30,7 @@ from decomp_kernels.factors import ACTIVATIONS, Factors
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.merged_weight import merged_weight
 from decomp_kernels.peft_form import PeftForm
+from decomp_kernels.sharding import is_sharded
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -108,6 +109,12 @@ class Adapter(nn.Module):
         """The layer calls its adapter as a module, so that hooks on it run: FSDP2's gather the
         tensors of an adapter that is a unit of its own, and accelerate's bring them to the device.
         """
+        if is_sharded(base.weight):
+            raise RuntimeError(
+                "the weight under the adapter lies in shards on several processes; run the model "
+                "through its outermost fully_shard module, and for tensor parallel plan this layer "
+                "with the styles of decomp_kernels.interop.tensor_parallel"
+            )
         return self.method.forward(self, base, x, training)
 
     def extra_repr(self) -> str:
