@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from decomp_kernels.quantized_weight import NestedScale, QuantizedWeight
+from decomp_kernels.quantized_weight import NESTED_BLOCK, NestedScale, QuantizedWeight
 
 Read = QuantizedWeight | str  # a weight, or why it cannot be one
 
@@ -32,7 +32,7 @@ def why_not_quantized(module: nn.Module) -> str | None:
 
 
 def _read(module: nn.Module) -> Read | None:
-    reader = _reader(type(module))
+    reader = _reader(type(module))  # type: ignore[arg-type]
     if reader is not None:
         return reader(module)
     weight = module._parameters.get("weight")
@@ -69,7 +69,9 @@ def from_4bit(module: Any) -> Read:
     scale = state.absmax
     if state.nested:
         inner = state.state2
-        scale = NestedScale(scale, inner.code, inner.absmax, state.offset, inner.blocksize)
+        if inner.blocksize != NESTED_BLOCK:
+            return f"its scales are quantised in blocks of {inner.blocksize}, not {NESTED_BLOCK}"
+        scale = NestedScale(scale, inner.code, inner.absmax, state.offset)
     codes = module.weight.as_subclass(torch.Tensor)
     if codes.dtype != torch.uint8:  # quant_storage, which FSDP needs
         codes = codes.view(torch.uint8)
@@ -91,7 +93,9 @@ def from_torchao(module: Any) -> Read:
     weight = module.weight
     kind = type(weight).__name__
     if kind != "Int8Tensor":
-        return f"its weight is torchao's {kind}; only Int8Tensor (Int8WeightOnlyConfig) is supported"
+        return (
+            f"its weight is torchao's {kind}; only Int8Tensor (Int8WeightOnlyConfig) is supported"
+        )
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
         return "torchao quantises its input too; only Int8WeightOnlyConfig is supported"
     if list(weight.block_size) != [1, weight.shape[1]]:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+NESTED_BLOCK = 256
+
 
 @dataclass(frozen=True, eq=False)
 class NestedScale:
-    """absmax_i = levels[codes_i] * absmax[i // block] + offset, float32.
+    """absmax_i = levels[codes_i] * absmax[i // 256] + offset, float32.
 
-    codes uint8 [blocks of W], levels float32 [256], absmax float32 [ceil(blocks / block)], offset
+    codes uint8 [blocks of W], levels float32 [256], absmax float32 [ceil(blocks / 256)], offset
     float32 scalar.
     """
 
@@ -25,7 +27,6 @@ class NestedScale:
     levels: Tensor
     absmax: Tensor
     offset: Tensor
-    block: int = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,27 +62,22 @@ class QuantizedWeight:
         return self
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that it consists of; ``rebuilt`` takes them back in this order."""
+        """All that it consists of: codes, and the scale in one part or four."""
         if isinstance(self.scale, Tensor):
             return self.codes, self.scale
         nested = self.scale
         return self.codes, nested.codes, nested.levels, nested.absmax, nested.offset
 
 
-def rebuilt(
-    tensors: tuple[Tensor, ...], format: str, dtype: torch.dtype, block: int = 256
-) -> QuantizedWeight:
-    """The weight of these ``QuantizedWeight.tensors``; block: of a NestedScale."""
-    codes, *scale = tensors
-    return QuantizedWeight(
-        codes, scale[0] if len(scale) == 1 else NestedScale(*scale, block), format, dtype
-    )
+def scale_of(parts: tuple[Tensor, ...]) -> Tensor | NestedScale:
+    """The scale of these parts: ``QuantizedWeight.tensors`` without the first."""
+    return parts[0] if len(parts) == 1 else NestedScale(*parts)
 
 
-def dense_shape(codes: Tensor, format: str) -> torch.Size:
+def dense_shape(codes: Tensor, weight_format: str) -> torch.Size:
     """(N, K) of the weight that ``codes`` are."""
     rows, width = codes.shape
-    return torch.Size((rows, 2 * width if format == "nf4" else width))
+    return torch.Size((rows, 2 * width if weight_format == "nf4" else width))
 
 
 def absmax(scale: Tensor | NestedScale) -> Tensor:
@@ -89,4 +85,4 @@ def absmax(scale: Tensor | NestedScale) -> Tensor:
     if isinstance(scale, Tensor):
         return scale
     values = scale.levels[scale.codes.int()]
-    return values * scale.absmax.repeat_interleave(scale.block)[: len(values)] + scale.offset
+    return values * scale.absmax.repeat_interleave(NESTED_BLOCK)[: len(values)] + scale.offset
