@@ -11,6 +11,7 @@ LAYERS = [
     },
     {
         "factors": "the form that every method lowers to",
+        "quantized_weight": "a weight as codes and scales",
         "peft_form": "how PEFT spells a method",
         "dispatch": "which implementation runs, and why",
         "roofline": "what an implementation computes and moves at the least",
@@ -22,6 +23,7 @@ LAYERS = [
     {
         "linear": "DecomposedLinear",
         "conv1d": "the same for GPT-2's Conv1D",
+        "quantized": "quantised weights of bitsandbytes, torchao and ours",
     },
     {
         "targets": "which modules a method goes on",
