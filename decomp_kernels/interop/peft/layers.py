@@ -93,12 +93,15 @@ class AdaLora(Accelerated):
         layer: Any = self
         if layer.lora_A[adapter].shape[0] == 0:
             raise PeftForward("its rank is 0")
-        return live(
-            AdaLoRA,
-            r=layer.r[adapter],
-            alpha=scale_of(layer.scaling[adapter]),
-            dropout=self.live_dropout(adapter),
-        )
+        r = layer.r[adapter]
+        alpha = scale_of(layer.scaling[adapter]) * (r + 1e-5)  # of scale = alpha / (r + 1e-5)
+        return live(AdaLoRA, r=r, alpha=alpha, dropout=self.live_dropout(adapter))
+
+    def _run(self, plan: Plan, x: Tensor) -> Tensor:
+        layer, view = self, plan.view
+        ranknum: Any = layer.ranknum[plan.adapter]  # type: ignore[attr-defined]
+        view.core = view.core / (ranknum + 1e-5)  # a tensor, which PEFT lets train
+        return super()._run(plan, x)
 
 
 class Ia3(Accelerated):
@@ -202,6 +205,11 @@ class Shira(Accelerated):
         if layer.scaling[adapter] != 1.0:
             raise PeftForward("its scale is not 1")
         return live(Sparse)
+
+    def _run(self, plan: Plan, x: Tensor) -> Tensor:
+        view = plan.view
+        view.rows, view.cols = view.rows.long(), view.cols.long()  # PEFT's are int32
+        return super()._run(plan, x)
 
 
 CLASSES: dict[str, tuple[type[Accelerated], str]] = {
