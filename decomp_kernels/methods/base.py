@@ -239,7 +239,14 @@ class Method:
         dropout = getattr(self, "dropout", 0.0) if training else 0.0
         return self.apply(self.lower(adapter, base), base, x, dropout)
 
-    def apply(self, factors: Factors, base: Base, x: Tensor, dropout: float = 0.0) -> Tensor:
+    def apply(
+        self,
+        factors: Factors,
+        base: Base,
+        x: Tensor,
+        dropout: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
         """The operator on these factors."""
         return decomposed_linear(
             x,
@@ -254,6 +261,7 @@ class Method:
             addend=factors.addend,
             activation=factors.activation,
             dropout=dropout,
+            seed=seed,
             weight_map=factors.weight_map,
             save_output=factors.save_output,
             impl=self.impl,

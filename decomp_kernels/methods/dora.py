@@ -17,7 +17,7 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, LowRank, method
 from decomp_kernels.methods.lora import LORA_OPTIONS, LORA_TENSORS
-from decomp_kernels.ops.dropout import counter_dropout
+from decomp_kernels.ops.dropout import counter_dropout, draw_seed
 from decomp_kernels.ops.row_norm import row_norm, squared_rows
 from decomp_kernels.peft_form import PeftForm, PeftTensor
 from decomp_kernels.quantized_weight import QuantizedWeight
@@ -40,8 +40,8 @@ class DoRA(LowRank):
     None: where the base is quantised, for there each norm dequantises it.
 
     dropout_mode: "branch" drops x on the low-rank branch, one base GEMM; "peft" drops it in the
-    base product of the magnitude's share too, y = x W^T + (c - 1) x~ W^T + c s x~ A^T B^T + b,
-    two base GEMMs.  norm_dtype: "float32", or "match" to round the norm to the adapter's dtype as
+    base product of the magnitude's share too, y = x W^T + (c - 1) x~ W^T + c s x~ A^T B^T + b
+    = c (x W^T + s x~ A^T B^T) + (1 - c) (x - x~) W^T + b, two base GEMMs.  norm_dtype: "float32", or "match" to round the norm to the adapter's dtype as
     PEFT does, for magnitudes that were trained so.
     """
 
@@ -103,10 +103,14 @@ class DoRA(LowRank):
     def forward(self, adapter: Adapter, base: Base, x: Tensor, training: bool) -> Tensor:
         if not (training and self.dropout > 0.0 and self.dropout_mode == "peft"):
             return super().forward(adapter, base, x, training)
-        dropped = counter_dropout(x, self.dropout)
+        seed = draw_seed(x)
         factors = self.lower(adapter, base)
-        scaled = self.apply(factors, base._replace(bias=None), dropped)
-        return self.apply(Factors(addend=scaled), base, x - dropped)
+        assert factors.out_scale is not None
+        dropped = self.apply(factors, base, x, self.dropout, seed)
+        # x - x~ is rounded in x's dtype, and weighs little while c is near 1.
+        rest = Factors(out_scale=1 - factors.out_scale)
+        missing = x - counter_dropout(x, self.dropout, seed)
+        return dropped + self.apply(rest, base._replace(bias=None), missing)
 
     def norm(self, adapter: Adapter, base: Base) -> Tensor:
         """||V_j||, [N], float32 or wider, with a gradient only where norm_grad asks for it."""
