@@ -18,6 +18,7 @@ from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
 from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.ops.map_ops import MAP_OPS
 from decomp_kernels.ops.once import once_differentiable
+from decomp_kernels.ops.traced import less, with_number
 from decomp_kernels.reference import decomposed_linear as reference
 from decomp_kernels.reference.decomposed_linear import Gradients
 from decomp_kernels.reference.dropout import threshold
@@ -176,6 +177,7 @@ class _Options(NamedTuple):
     map_names: tuple[str, ...]  # the map's tensors, in the order in which they are passed
     map_scale: float | None
     impl: str
+    differentiated: bool  # grad mode outside, which a Function's forward does not see
 
 
 class _DecomposedLinear(torch.autograd.Function):
@@ -187,15 +189,17 @@ class _DecomposedLinear(torch.autograd.Function):
     def forward(
         ctx, options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed, *mapped
     ):
-        need: Any = Gradients(*ctx.needs_input_grad[1:10])
-        need_map = any(ctx.needs_input_grad[11:])
+        inputs = ctx.needs_input_grad
+        asked = inputs if options.differentiated else (False,) * len(inputs)
+        need: Any = Gradients(*asked[1:10])
+        need_map = any(asked[11:])
         compute = options.compute
         curved = options.activation != "identity" and (need.x or need.in_scale or need.down)
         keep_t = bool(need.up or need.core or curved)
         keep_z = bool(need.out_scale) and not options.save_output
         keep_x = need.weight or need.down or need.in_scale or need_map
         cast_x, cast_weight = _to(x, compute), _to(weight, compute)
-        if _acts_on_input(options, down, in_scale) and x.numel() < weight.numel():
+        if _acts_on_input(options, down, in_scale) and less(x.numel(), weight.numel()):
             cast_x = _map_op(options).forward(_weight_map(options, mapped), cast_x, options.impl)
         else:
             cast_weight = _effective(options, cast_weight, mapped)
@@ -332,13 +336,14 @@ def decomposed_linear(
             if branch is not None:
                 (down, up, core), weight_map = branch, None
                 scale, dropout, activation = 1.0, 0.0, "identity"  # what a branch alone would use
+    scale, core = with_number(scale, core, down)
     if threshold(dropout) == 0 or down is None:
         dropout, seed = 0.0, None
     elif seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
     named = weight_map.named_tensors() if weight_map is not None else {}
     options = _Options(
-        scale=float(scale),
+        scale=scale,
         dropout=dropout,
         activation=activation,
         save_output=save_output,
@@ -347,6 +352,7 @@ def decomposed_linear(
         map_names=tuple(named),
         map_scale=getattr(weight_map, "scale", None),
         impl=impl,
+        differentiated=torch.is_grad_enabled(),
     )
     return _DecomposedLinear.apply(
         options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed,

@@ -11,6 +11,7 @@ from decomp_kernels.kernels.aten import row_norm as aten
 from decomp_kernels.ops.autocast import outside_autocast
 from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.ops.once import once_differentiable
+from decomp_kernels.ops.traced import is_symbol
 from decomp_kernels.reference import row_norm as reference
 
 _FILES = files(triton="row_norm", native="row_norm")
@@ -121,6 +122,9 @@ def row_norm(
         raise ValueError(
             f"down must be (r, {K}) and up ({N}, r), got {tuple(down.shape)} and {tuple(up.shape)}"
         )
+    if is_symbol(scale):
+        wide = torch.promote_types(up.dtype, torch.float32)
+        down, up, scale = down.to(wide), up.to(wide) * scale, 1.0
     weight = weight.detach()
     weight_sq = squared_rows(weight) if weight_sq is None else weight_sq
-    return _RowNorm.apply(weight, weight_sq, down, up, float(scale), impl)
+    return _RowNorm.apply(weight, weight_sq, down, up, scale, impl)
