@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 
-def is_sharded(tensor: Tensor | None) -> bool:
+def is_sharded(tensor: object) -> bool:
     """Whether this process has a part of the tensor only, or holds it as one of several."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and isinstance(tensor, module.DTensor):

@@ -34,6 +34,7 @@ LAYERS = [
         "model": "adapt, merge, remove, ...",
         "constraints": "MPC over a whole model",
         "optimizer": "parameter groups",
+        "options": "options of adapters that are made",
         "explanation": "one layer's choice, with its reason and its roofline",
     },
     {

@@ -121,7 +121,8 @@ class DoRA(LowRank):
             kept = isinstance(base.weight, QuantizedWeight) and not self.norm_grad
         if not kept or torch.compiler.is_compiling():
             return self._norm_now(adapter, base)
-        state = (_optimizer_steps, *map(_identity, (base.weight, adapter.down, adapter.up)))
+        tensors = (base.weight, adapter.down, adapter.up)
+        state = (_optimizer_steps, self.scale, *map(_identity, tensors))
         if adapter.kept_norm is None or adapter.kept_norm[0] != state:
             adapter.kept_norm = (state, self._norm_now(adapter, base))
         return adapter.kept_norm[1]
@@ -134,11 +135,12 @@ class DoRA(LowRank):
         adapter.kept_norm = None
 
     def _norm_now(self, adapter: Adapter, base: Base) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.norm_grad):
-            norm = row_norm(
-                base.weight, adapter.down, adapter.up, self.scale,
-                weight_sq=adapter.weight_sq, impl=self.impl,
-            )  # fmt: skip
+        down, up = adapter.down, adapter.up
+        if not self.norm_grad:
+            down, up = down.detach(), up.detach()
+        norm = row_norm(
+            base.weight, down, up, self.scale, weight_sq=adapter.weight_sq, impl=self.impl
+        )
         if self.norm_dtype == "match":
             norm = norm.to(adapter.down.dtype).to(norm.dtype)
         return norm

@@ -60,7 +60,7 @@ class LoRADash(LowRank):
         return Factors(
             down=torch.cat((adapter.down, adapter.direction_down)),
             up=torch.cat((adapter.up, adapter.direction_up), 1),
-            core=torch.cat((adapter.core.new_full((self.r,), self.scale), adapter.core)),
+            core=torch.cat((self.scale * adapter.core.new_ones(self.r), adapter.core)),
             activation=self.activation,
         )
 

@@ -29,6 +29,7 @@ class Options(NamedTuple):
     map_names: tuple[str, ...]  # the map's tensors, in the order in which they are passed
     map_scale: float | None
     impl: str
+    differentiated: bool  # grad mode outside, which a Function's forward does not see
 
 
 def made_map(options: Options, mapped: tuple[Tensor, ...]) -> WeightMap:

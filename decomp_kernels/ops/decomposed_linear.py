@@ -30,6 +30,7 @@ from decomp_kernels.ops.base_weight import (
 from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.ops.map_ops import MAP_OPS
 from decomp_kernels.ops.once import once_differentiable
+from decomp_kernels.ops.traced import less, with_number
 from decomp_kernels.quantized_weight import QuantizedWeight, dense_shape
 from decomp_kernels.reference import decomposed_linear as reference
 from decomp_kernels.reference.decomposed_linear import Gradients
@@ -193,8 +194,10 @@ class _DecomposedLinear(torch.autograd.Function):
     def forward(
         ctx, options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed, *others
     ):
-        need: Any = Gradients(*ctx.needs_input_grad[1:10])
-        need_map = any(ctx.needs_input_grad[11:])
+        inputs = ctx.needs_input_grad
+        asked = inputs if options.differentiated else (False,) * len(inputs)
+        need: Any = Gradients(*asked[1:10])
+        need_map = any(asked[11:])
         compute = options.compute
         scales, mapped = others[: options.scales], others[options.scales :]
         curved = options.activation != "identity" and (need.x or need.in_scale or need.down)
@@ -202,7 +205,8 @@ class _DecomposedLinear(torch.autograd.Function):
         keep_z = bool(need.out_scale) and not options.save_output
         keep_x = need.weight or need.down or need.in_scale or need_map
         cast_x, cast_weight = cast(x, compute), frozen(options, weight, scales)
-        if acts_on_input(options, down, in_scale) and (scales or x.numel() < weight.numel()):
+        on_input = acts_on_input(options, down, in_scale)
+        if on_input and (scales or less(x.numel(), weight.numel())):
             m = made_map(options, mapped)
             cast_x = map_op(options).forward(m, cast_x, options.impl)
         else:
@@ -346,6 +350,7 @@ def decomposed_linear(
             if branch is not None:
                 (down, up, core), weight_map = branch, None
                 scale, dropout, activation = 1.0, 0.0, "identity"  # what a branch alone would use
+    scale, core = with_number(scale, core, down)
     if threshold(dropout) == 0 or down is None:
         dropout, seed = 0.0, None
     elif seed is None:
@@ -353,7 +358,7 @@ def decomposed_linear(
     named = weight_map.named_tensors() if weight_map is not None else {}
     codes, *scales = weight.tensors() if isinstance(weight, QuantizedWeight) else (weight,)
     options = Options(
-        scale=float(scale),
+        scale=scale,
         dropout=dropout,
         activation=activation,
         save_output=save_output,
@@ -364,6 +369,7 @@ def decomposed_linear(
         map_names=tuple(named),
         map_scale=getattr(weight_map, "scale", None),
         impl=impl,
+        differentiated=torch.is_grad_enabled(),
     )
     return _DecomposedLinear.apply(
         options, x, codes, bias, down, up, core, in_scale, out_scale, addend, seed, *scales,

@@ -13,6 +13,7 @@ from decomp_kernels.ops.frozen_matmul import frozen_matmul
 from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.ops.tiled_weight import tiled
+from decomp_kernels.ops.traced import is_symbol
 from decomp_kernels.quantized_weight import QuantizedWeight
 from decomp_kernels.reference import row_norm as reference
 
@@ -135,11 +136,14 @@ def row_norm(
         raise ValueError(
             f"down must be (r, {K}) and up ({N}, r), got {tuple(down.shape)} and {tuple(up.shape)}"
         )
+    if is_symbol(scale):
+        wide = torch.promote_types(up.dtype, torch.float32)
+        down, up, scale = down.to(wide), up.to(wide) * scale, 1.0
     weight = weight.detach()
     weight_sq = squared_rows(weight) if weight_sq is None else weight_sq
     if isinstance(weight, QuantizedWeight):
-        return _of_quantized(weight, weight_sq, down, up, float(scale))
-    return _RowNorm.apply(weight, weight_sq, down, up, float(scale), impl)
+        return _of_quantized(weight, weight_sq, down, up, scale)
+    return _RowNorm.apply(weight, weight_sq, down, up, scale, impl)
 
 
 def _of_quantized(

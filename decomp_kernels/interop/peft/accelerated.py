@@ -32,7 +32,7 @@ PARTS = (
 )
 
 
-class PeftForward(Exception):  # noqa: N818 - no error: the reason why a forward is PEFT's own
+class PeftForward(Exception):
     """Raised while a forward is planned, caught where it is run."""
 
 
