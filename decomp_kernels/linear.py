@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decomp_kernels.methods.base import Adapter, Base, Method
+from decomp_kernels.methods.base import Adapter, Base, Holder, Method
 
 
-class Decomposed:
+class Decomposed(Holder):
     """What an adapted module adds to its own class; mixed in before nn.Linear or GPT-2's Conv1D."""
 
     weight: nn.Parameter
@@ -40,8 +40,14 @@ class Decomposed:
             )
         return adapter(self.base(), x, self.training)
 
+    def current(self) -> Adapter | None:
+        return None if self.active_adapter is None else self.adapters[self.active_adapter]  # type: ignore[return-value]
+
+    @property
+    def merged(self) -> bool:
+        return self.merged_adapter is not None
+
     def base(self, path: str = "", dtype: torch.dtype | None = None) -> Base:
-        """The frozen linear as methods see it: weight [out, in] and bias [out]."""
         weight = self.base_weight()
         return Base(weight, self.bias, weight.dtype if dtype is None else dtype, path)
 

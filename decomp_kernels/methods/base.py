@@ -139,6 +139,26 @@ class Adapter(nn.Module):
         def __setattr__(self, name: str, value: Any) -> None: ...
 
 
+class Holder:
+    """A module that holds adapters of one linear, one of them at work: ours, and PEFT's of ours."""
+
+    def current(self) -> Adapter | None:
+        """The adapter that is active, None where there is none."""
+        raise NotImplementedError
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds an adapter at present."""
+        raise NotImplementedError
+
+    def base(self, path: str = "", dtype: torch.dtype | None = None) -> Base:
+        """The frozen linear as methods see it: weight [out, in] and bias [out].
+
+        dtype: of the matrices of an adapter that is made for it; None is the weight's own.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Base class of the methods; see the module's docstring.
