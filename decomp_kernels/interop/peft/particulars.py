@@ -21,6 +21,8 @@ def read_layer(
             options |= _oft_sizes(options, theirs["oft_R.weight"])
         case "BOFT":  # one, whatever was asked for, where PEFT's CUDA extension was not
             options["n_butterfly_factor"] = theirs["boft_R"].shape[0]
+        case "HIRA":  # has a rank_pattern, which PEFT 0.21 does not follow everywhere
+            options["r"] = theirs["hira_A"].shape[0]
 
 
 def _restore_ranks(
