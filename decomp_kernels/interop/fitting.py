@@ -53,7 +53,7 @@ class Fitted:
 
 def fit(model: nn.Module, description: Description, allow_other_base: bool) -> Fitted:
     """Raises AdapterFileError where the description is wrong or is of another model."""
-    methods = [_method(name, options) for name, options in description.methods]
+    methods = [made_method(name, options) for name, options in description.methods]
     copies = _copies(model, description)
     layers = _layers(model, description)
     biases = _biases(model, description)
@@ -64,11 +64,13 @@ def fit(model: nn.Module, description: Description, allow_other_base: bool) -> F
         for name, tensor in module.state_dict().items():
             places[module_key(path, name)] = _place(tensor)
     places |= {bias_key(name): _place(tensor) for name, tensor in biases.items()}
-    _check_tensors(places, description, allow_other_base)
+    unknown = any(base is None for _, base in description.layers.values())
+    _check_tensors(places, description, allow_other_base or unknown)
     return Fitted(layers, blanks, copies, biases, places)
 
 
-def _method(name: str, options: dict[str, Any]) -> Method:
+def made_method(name: str, options: dict[str, Any]) -> Method:
+    """The method that a file describes.  Raises AdapterFileError where there is no such."""
     if name not in METHODS:
         raise AdapterFileError(
             f"the file's method must be one of {', '.join(sorted(METHODS))}, got {name!r}; "
@@ -105,7 +107,7 @@ def _layers(model: nn.Module, description: Description) -> dict[str, Any]:
             )
         layer = module if isinstance(module, Decomposed) else stand_in(module, cls)
         weight = layer.base_weight()
-        if tuple(weight.shape) != base.shape:
+        if base is not None and tuple(weight.shape) != base.shape:
             raise AdapterFileError(
                 f"the weight of {path or 'the model'} must have shape {base.shape}, "
                 f"(out_features, in_features), for the file's adapter, got {tuple(weight.shape)}; "
@@ -126,6 +128,8 @@ def _check_base(layers: dict[str, Any], description: Description, allowed: bool)
         return
     different = {}
     for path, (_, saved) in description.layers.items():
+        if saved is None:
+            continue
         trained = f"{path}.bias".lstrip(".") in description.biases
         what = difference(saved, base_record(layers[path], bias_is_trained=trained))
         if what is not None:
@@ -203,6 +207,8 @@ def _layer_places(
                     "are one; it is damaged: save the adapter again"
                 )
             dtypes = (weight.dtype, wide) if tensor.is_floating_point() else (tensor.dtype,)
+            if description.layers[path][1] is None:
+                dtypes = (tensor.dtype,)  # as PEFT loads its files: float32 on a 16-bit base
             place = Place(tuple(tensor.shape), dtypes, weight.device, tensor.dtype)
             if places.setdefault(key, place).device != place.device:
                 raise AdapterFileError(
@@ -236,7 +242,7 @@ def _copies(model: nn.Module, description: Description) -> dict[str, nn.Module]:
                 f"the file has a trained copy of {path!r}, which is adapted or holds adapted "
                 "layers; call remove(model) first"
             )
-        if type(original).__name__ != kind:
+        if kind is not None and type(original).__name__ != kind:
             raise AdapterFileError(
                 f"{path!r} must be a {kind} for the file's trained copy, got a "
                 f"{type(original).__name__}; load it into a model like the one it was saved from"

@@ -51,10 +51,23 @@ class DoRA(LowRank):
     peft_form = PeftForm(
         "LoraConfig",
         "LORA",
-        tensors=LORA_TENSORS | {"magnitude": PeftTensor("lora_magnitude_vector.*.weight")},
+        tensors=LORA_TENSORS
+        | {
+            "magnitude": PeftTensor(
+                "lora_magnitude_vector.*.weight", in_file="lora_magnitude_vector"
+            )
+        },
         options=LORA_OPTIONS,
         fixed={"use_dora": True, "lora_bias": False},
-        ours={"dropout_mode": "peft", "norm_dtype": "match"},
+        ours={
+            "dropout_mode": "peft",
+            "norm_dtype": "match",
+            "norm_grad": False,
+            "cache_norm": False,
+        },
+        per_layer=("r", "alpha"),
+        bias_only="lora_only",
+        conv1d=True,
     )
 
     norm_grad: bool = False

@@ -49,6 +49,7 @@ class LoKr(Method):
             "decompose_factor": "decompose_factor",
         },
         fixed={"rank_dropout": 0.0, "module_dropout": 0.0},
+        per_layer=("r", "alpha"),
     )
     impls = ("auto", *dispatch.EVERYWHERE)
 
