@@ -7,6 +7,8 @@ from decomp_kernels.explanation import explain
 from decomp_kernels.factors import Factors
 from decomp_kernels.interop.description import AdapterFileError
 from decomp_kernels.interop.files import load_adapter, save_adapter
+from decomp_kernels.interop.peft.accelerate import accelerate, restore
+from decomp_kernels.interop.report import report
 from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import METHODS, methods
 from decomp_kernels.model import (
@@ -16,7 +18,6 @@ from decomp_kernels.model import (
     merge,
     print_trainable_parameters,
     remove,
-    report,
     set_adapter,
     unmerge,
 )

@@ -287,8 +287,8 @@ def print_trainable_parameters(model: nn.Module) -> str:
     return line
 
 
-def report(model: nn.Module) -> str:
-    """What was adapted, with which method, and what was not and why; one line a module."""
+def adapted_lines(model: nn.Module) -> list[str]:
+    """A line for each module: what it was adapted with, or why it was not."""
     lines = []
     for name, layer in adapted_layers(model).items():
         for adapter_name, adapter in layer.adapters.items():
@@ -299,7 +299,7 @@ def report(model: nn.Module) -> str:
         lines.append(f"{name}: trained whole ({', '.join(copy.copies)})")
     for name, reason in getattr(model, SKIPPED, {}).items():
         lines.append(f"{name}: not adapted, {reason}")
-    return "\n".join(lines) or "nothing is adapted"
+    return lines
 
 
 def _modules_to_save(model: nn.Module, wanted: list[str] | None) -> list[str]:
