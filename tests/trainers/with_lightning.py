@@ -6,8 +6,8 @@ import warnings
 from typing import Any
 
 import lightning as L
-from common import adapted, batch, data, distance, frozen, llama, main, perturb, torch, trained
-from common import unmoved
+import torch
+from common import adapted, batch, data, distance, frozen, llama, main, perturb, trained, unmoved
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -31,14 +31,12 @@ class Module(L.LightningModule):
         return torch.optim.AdamW(dk.param_groups(self.model, lr=5e-3))
 
 
-def run(
-    model: nn.Module, steps: int, resume: str | None = None, rows: int = 64, **options: Any
-) -> Any:
+def run(model: nn.Module, epochs: int, rows: int, resume: str | None = None, **more: Any) -> Any:
     L.seed_everything(3, verbose=False)
     module = Module(model)
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=steps, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, **options,
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, **more,
     )  # fmt: skip
     loader = DataLoader(data(rows), batch_size=4, collate_fn=batch)
     trainer.fit(module, loader, ckpt_path=resume)
@@ -48,7 +46,7 @@ def run(
 def learning() -> dict[str, Any]:
     model = dk.adapt(llama(), dk.DoRA(r=8, alpha=16, dropout=0.1), modules_to_save=["lm_head"])
     before, base = trained(model), frozen(model)
-    module, _ = run(model, 30, gradient_clip_val=1.0)
+    module, _ = run(model, 2, 64, gradient_clip_val=1.0)
     return {
         "losses": module.losses,
         "unmoved": unmoved(before, trained(model)),
@@ -63,13 +61,13 @@ def resumed() -> dict[str, Any]:
     """
     method = dk.DoRA(r=4, alpha=8)
     whole = perturb(adapted(method))
-    all_at_once, _ = run(whole, 6, rows=12)
+    all_at_once, _ = run(whole, 2, 12)
     with tempfile.TemporaryDirectory() as folder:
         half = perturb(adapted(method))
-        _, trainer = run(half, 3, rows=12)
+        _, trainer = run(half, 1, 12)
         trainer.save_checkpoint(f"{folder}/half.ckpt")
         again = adapted(method, seed=5)
-        module, _ = run(again, 6, f"{folder}/half.ckpt", rows=12)
+        module, _ = run(again, 2, 12, f"{folder}/half.ckpt")
         dk.save_adapter(again, f"{folder}/adapter")
         loaded = dk.load_adapter(llama(), f"{folder}/adapter").eval()
     sample = batch(data(2))

@@ -8,19 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import (
-    adapted,
-    batch,
-    data,
-    distance,
-    frozen,
-    llama,
-    main,
-    perturb,
-    torch,
-    trained,
-    unmoved,
-)  # fmt: skip
+import torch
+from common import adapted, batch, data, distance, frozen, llama, main, perturb, trained, unmoved
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments

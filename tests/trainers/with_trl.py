@@ -1,11 +1,14 @@
 """TRL's SFTTrainer on a model from adapt(), with a tokenizer made here."""
 
+import re
 import tempfile
 import warnings
 from typing import Any
 
-from common import VOCABULARY, adapted, distance, frozen, llama, main, torch, trained, unmoved
+import torch
+from common import VOCABULARY, adapted, distance, frozen, llama, main, trained, unmoved
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -30,20 +33,22 @@ def sentences(count: int = 64) -> Dataset:
     return Dataset.from_dict({"text": text})
 
 
-def run(model: nn.Module, callbacks: Any = (), resume: str | None = None, **options: Any) -> Any:
+def make(model: nn.Module, callbacks: Any = (), peft_config: Any = None, **options: Any) -> Any:
     settings = {
         "max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 1e-2,
         "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "seed": 3,
         "report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_length": 16,
-        "bf16": False, **options,
+        "bf16": False, "output_dir": tempfile.gettempdir(), **options,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as scratch:
-        args = SFTConfig(**{"output_dir": scratch, **settings})
-        trainer = SFTTrainer(
-            model, args, train_dataset=sentences(), processing_class=tokenizer(),
-            callbacks=list(callbacks),
-        )  # fmt: skip
-        trainer.train(resume_from_checkpoint=resume)
+    return SFTTrainer(
+        model, SFTConfig(**settings), train_dataset=sentences(), processing_class=tokenizer(),
+        callbacks=list(callbacks), peft_config=peft_config,
+    )  # fmt: skip
+
+
+def run(model: nn.Module, callbacks: Any = (), resume: str | None = None, **options: Any) -> Any:
+    trainer = make(model, callbacks, **options)
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -87,8 +92,29 @@ def resumed() -> dict[str, Any]:
     }
 
 
+def accelerated() -> dict[str, Any]:
+    """A PeftModel under accelerate(), and one that SFTTrainer makes itself, accelerated after."""
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=["q_proj", "up_proj"])
+    found: dict[str, Any] = {}
+    for name in ("given", "made"):
+        model: Any = llama() if name == "made" else dk.accelerate(get_peft_model(llama(), config))
+        trainer = make(model, peft_config=config if name == "made" else None)
+        model = dk.accelerate(trainer.model)
+        before, base = trained(model), frozen(model)
+        trainer.train()
+        lines = [line for line in dk.report(model).splitlines() if "accelerated" in line]
+        found[name] = {
+            "losses": losses(trainer),
+            "fused": sum(bool(re.search(r"accelerated, [1-9]\d* fused$", s)) for s in lines),
+            "layers": len(lines),
+            "unmoved": unmoved(before, trained(model)),
+            "base_changed": distance(base, frozen(model)),
+        }
+    return found
+
+
 def head() -> dict[str, Any]:
-    """SFTTrainer reads lm_head.weight: a trained copy of the head learns, an adapter on it cannot."""
+    """SFTTrainer reads lm_head.weight: a trained copy of it learns, an adapter on it cannot."""
     model = dk.adapt(llama(), dk.LoRA(r=4, alpha=8), modules_to_save=["lm_head"])
     before = trained(model)
     run(model, [trainers.CheckGradientsCallback()], max_steps=2)
@@ -110,4 +136,4 @@ def head() -> dict[str, Any]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main({"learning": learning, "resumed": resumed, "head": head})
+    main({"learning": learning, "resumed": resumed, "head": head, "accelerated": accelerated})
