@@ -82,6 +82,8 @@ class Decomposed(Holder):
         adapter = Adapter(method)
         with torch.no_grad():
             method.create(adapter, self.base(path, dtype)._replace(shared=shared))
+        if shared:  # how transformers' save_pretrained knows to write them once
+            adapter._tied_weights_keys = dict.fromkeys(shared)
         adapter.frozen = {name for name, p in adapter.named_parameters() if not p.requires_grad}
         adapter.initialized = weight.device.type != "meta"
         return adapter.train(self.training)
