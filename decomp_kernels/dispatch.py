@@ -249,9 +249,10 @@ def block_elements(device: torch.device, on_cpu: int) -> int:
     """Elements of the blocks in which library calls walk a large tensor.
 
     On a CPU a block stays in cache.  On a GPU it costs a few launches, which it must outlast:
-    2^24 elements, 64 MiB as float32 (by arithmetic, not measured).
+    2^24 elements, 64 MiB as float32 (by arithmetic, not measured).  On the meta device a block is
+    nothing but its calls.
     """
-    return max(on_cpu, 1 << 24) if device.type == "cuda" else on_cpu
+    return max(on_cpu, 1 << 24) if device.type in ("cuda", "meta") else on_cpu
 
 
 def device_name(device: torch.device) -> str:
