@@ -191,11 +191,12 @@ def _stored(model: nn.Module, quantized: str | None) -> dict[nn.Parameter, int]:
     for module in model.modules() if quantized else ():
         cls: Any = type(module) if isinstance(module, Decomposed) else decomposed_class(module)
         if cls is not None and module is not head:
-            rows, cols = cls.base_weight(module).shape
+            weight: Any = module.weight
+            elements, rows = weight.numel(), cls.base_weight(module).shape[0]
             if quantized == "nf4":
-                stored[module.weight] = -(-rows * cols // 2) + 4 * -(-rows * cols // NF4_BLOCK)
+                stored[weight] = -(-elements // 2) + 4 * -(-elements // NF4_BLOCK)
             else:
-                stored[module.weight] = rows * cols + 4 * rows
+                stored[weight] = elements + 4 * rows
     return stored
 
 

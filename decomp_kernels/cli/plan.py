@@ -9,8 +9,8 @@ from decomp_kernels.cli.errors import BadInput, one_line
 from decomp_kernels.cli.explain import DTYPES
 from decomp_kernels.cli.options import MethodChoice, parse_names
 from decomp_kernels.cli.text import aligned, counted
-from decomp_kernels.cli.unloaded import LLAMA, UNUSABLE, configuration, unloaded
-from decomp_kernels.planning import OPTIMIZERS, Plan, plan
+from decomp_kernels.cli.unloaded import UNUSABLE, configuration, unloaded
+from decomp_kernels.planning import Plan, plan
 
 METHODS = ("ssb", "lora", "dora")
 GIB = 2**30
