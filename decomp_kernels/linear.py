@@ -283,7 +283,8 @@ def decomposed_class(module: nn.Module) -> type[Decomposed] | None:
 def plain_class(module: Decomposed) -> type[nn.Module]:
     """The class that the module had before it was adapted, whatever was mixed in since."""
     mro = type(module).__mro__
-    return mro[mro.index(Decomposed) + 1]
+    after = mro[mro.index(Decomposed) + 1 :]
+    return next(cls for cls in after if issubclass(cls, nn.Module))
 
 
 def check_method(method: object) -> None:

@@ -5,7 +5,6 @@ import copy
 import pytest
 import torch
 from peft_models import CONFIGS, calls, outcome, peft_model, with_our_masks
-from torch import nn
 
 import decomp_kernels as dk
 from decomp_kernels.testing import assert_as_good_as, relative_error
