@@ -29,7 +29,9 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import ACTIVATIONS, Factors
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.merged_weight import merged_weight
+from decomp_kernels.ops.tiled_weight import dense
 from decomp_kernels.peft_form import PeftForm
+from decomp_kernels.quantized_weight import QuantizedWeight
 
 METHODS: dict[str, type["Method"]] = {}
 
@@ -40,7 +42,7 @@ ALIASES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 class Base(NamedTuple):
     """The frozen linear that a method adapts: y = x weight^T + bias."""
 
-    weight: Tensor  # [N, K]
+    weight: Tensor | QuantizedWeight  # [N, K]
     bias: Tensor | None  # [N]
     dtype: torch.dtype  # of the adapter's matrices; its scales are float32 or wider
     name: str = ""  # the module's path in the model, for messages
@@ -79,9 +81,13 @@ class Base(NamedTuple):
         nn.init.normal_(made, std=std)
         return made
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] in ``dtype``; a quantised one is dequantised whole."""
+        return dense(self.weight, dtype)
+
     def finite_weight(self) -> Tensor:
         """The weight without a gradient, float32 or wider; raises where it cannot be decomposed."""
-        weight = self.weight.detach().to(self.scale_dtype)
+        weight = self.dense(self.scale_dtype).detach()
         if weight.device.type != "meta" and not torch.isfinite(weight).all():
             raise ValueError(
                 f"the weight of {self.name or 'this layer'} must be finite for a singular value "
@@ -254,7 +260,7 @@ class Method:
         float32 arithmetic (float64 for float64), one rounding to the base's dtype.
         """
         factors = self.lower(adapter, base)
-        weight = base.weight if factors.weight is None else factors.weight
+        weight: Tensor = base.dense(base.weight.dtype) if factors.weight is None else factors.weight
         if factors.weight_map is not None:
             definition = import_module(f"decomp_kernels.reference.{factors.weight_map.op}")
             weight = definition.build(factors.weight_map, weight.to(base.scale_dtype))

@@ -20,6 +20,7 @@ from decomp_kernels.methods.lora import LORA_OPTIONS, LORA_TENSORS
 from decomp_kernels.ops.dropout import counter_dropout, draw_seed
 from decomp_kernels.ops.row_norm import row_norm, squared_rows
 from decomp_kernels.peft_form import PeftForm, PeftTensor
+from decomp_kernels.quantized_weight import QuantizedWeight
 
 _optimizer_steps = 0
 
@@ -34,7 +35,8 @@ register_optimizer_step_post_hook(_count_step)
 
 @method("dora")
 class DoRA(LowRank):
-    """norm_grad: let the norm have a gradient.  cache_norm: keep it until the next optimizer step.
+    """norm_grad: let the norm have a gradient.  cache_norm: keep it until the next optimizer step;
+    None: where the base is quantised, for there each norm dequantises it.
 
     dropout_mode: "branch" drops x on the low-rank branch, one base GEMM; "peft" drops it in the
     base product of the magnitude's share too, y = x W^T + (c - 1) x~ W^T + c s x~ A^T B^T + b
@@ -55,7 +57,7 @@ class DoRA(LowRank):
     )
 
     norm_grad: bool = False
-    cache_norm: bool = False
+    cache_norm: bool | None = None
     dropout_mode: str = "branch"
     norm_dtype: str = "float32"
 
@@ -83,7 +85,8 @@ class DoRA(LowRank):
         # On the CPU or on meta a named Triton form cannot run yet.  With B = 0 the norm is that of
         # W, the same bits by every implementation, so the start stays exact.
         impl = dispatch.named(self.impl)
-        able = impl == "auto" or dispatch.why_not(base.weight, impl) is None
+        able = impl == "auto" or isinstance(base.weight, QuantizedWeight)
+        able = able or dispatch.why_not(base.weight, impl) is None  # type: ignore[arg-type]
         made = self if able else replace(self, impl="aten")
         adapter.magnitude = nn.Parameter(made._norm_now(adapter, base).detach().clone())
 
@@ -112,7 +115,10 @@ class DoRA(LowRank):
         """||V_j||, [N], float32 or wider, with a gradient only where norm_grad asks for it."""
         if not torch.compiler.is_compiling() and adapter.weight_seen != _identity(base.weight):
             self.refresh(adapter, base)
-        if not self.cache_norm or torch.compiler.is_compiling():
+        kept = self.cache_norm
+        if kept is None:
+            kept = isinstance(base.weight, QuantizedWeight) and not self.norm_grad
+        if not kept or torch.compiler.is_compiling():
             return self._norm_now(adapter, base)
         state = (_optimizer_steps, *map(_identity, (base.weight, adapter.down, adapter.up)))
         if adapter.kept_norm is None or adapter.kept_norm[0] != state:
@@ -134,11 +140,13 @@ class DoRA(LowRank):
         return norm
 
 
-def _identity(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+def _identity(tensor: Tensor | QuantizedWeight) -> tuple[int, int, torch.dtype]:
     """Changes with the values, by in-place work or by new storage.
 
     Not with in-place work on ``tensor.data``, which torch does not count: after that, say so with
     ``layer.load_state_dict(layer.state_dict())``.
     """
+    if isinstance(tensor, QuantizedWeight):
+        tensor = tensor.codes  # scales do not change without them
     version = 0 if tensor.is_inference() else tensor._version  # torch counts none of those
     return tensor.data_ptr(), version, tensor.dtype

@@ -87,7 +87,7 @@ class LoKr(Method):
 
     def merged(self, adapter: Adapter, base: Base) -> tuple[Tensor, Tensor | None]:
         left, right = (factor.to(base.scale_dtype) for factor in self.pair(adapter))
-        weight = base.weight.to(base.scale_dtype) + torch.kron(left, right)
+        weight = base.dense(base.scale_dtype) + torch.kron(left, right)
         return weight.to(base.weight.dtype), base.bias
 
     def pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
