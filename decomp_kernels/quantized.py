@@ -31,6 +31,12 @@ def why_not_quantized(module: nn.Module) -> str | None:
     return read if isinstance(read, str) else None
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module is of a class whose weight is quantised, one that can be used or not."""
+    weight = module._parameters.get("weight")
+    return _reader(type(module)) is not None or is_torchao(weight)  # type: ignore[arg-type]
+
+
 def _read(module: nn.Module) -> Read | None:
     reader = _reader(type(module))  # type: ignore[arg-type]
     if reader is not None:
@@ -52,8 +58,9 @@ def is_torchao(weight: object) -> bool:
     return type(weight).__module__.partition(".")[0] == "torchao"
 
 
-def from_4bit(module: Any) -> Read:
-    state = getattr(module.weight, "quant_state", None)
+def from_4bit(weight: Any) -> Read:
+    """Of a Params4bit."""
+    state = getattr(weight, "quant_state", None)
     if state is None:
         return "its weight is not quantised yet: move the model to its device first"
     if state.quant_type != "nf4":
@@ -72,7 +79,7 @@ def from_4bit(module: Any) -> Read:
         if inner.blocksize != NESTED_BLOCK:
             return f"its scales are quantised in blocks of {inner.blocksize}, not {NESTED_BLOCK}"
         scale = NestedScale(scale, inner.code, inner.absmax, state.offset)
-    codes = module.weight.as_subclass(torch.Tensor)
+    codes = weight.as_subclass(torch.Tensor)
     if codes.dtype != torch.uint8:  # quant_storage, which FSDP needs
         codes = codes.view(torch.uint8)
     return QuantizedWeight(codes.view(N, K // 2), scale, "nf4", state.dtype)
@@ -111,11 +118,10 @@ def torchao_weight(weight: Any) -> QuantizedWeight:
     return QuantizedWeight(weight.qdata, scale, "int8", weight.dtype)
 
 
-def from_ours(module: Any) -> QuantizedWeight:
-    return module.quantized_weight()
-
-
 _READERS: dict[str, dict[str, Callable[[Any], Read]]] = {
-    "bitsandbytes": {"Linear4bit": from_4bit, "Linear8bitLt": from_8bit},
-    "decomp_kernels": {"QuantizedLinear": from_ours},
+    "bitsandbytes": {
+        "Linear4bit": lambda module: from_4bit(module.weight),
+        "Linear8bitLt": from_8bit,
+    },
+    "decomp_kernels": {"QuantizedLinear": lambda module: module.quantized_weight()},
 }

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from decomp_kernels.linear import Decomposed, adapted_layers, decomposed_class
+from decomp_kernels.quantized import is_quantized, why_not_quantized
 from decomp_kernels.saved_modules import TrainedCopy
 
 Names = str | list[str] | tuple[str, ...] | set[str]
@@ -108,10 +109,12 @@ def why_not(
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight itself and never calls the module"
+    if reason := why_not_quantized(module):
+        return reason
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed by a hook (spectral_norm, weight_norm, prune); remove that"
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() and not is_quantized(module):
         return f"its weight is {weight.dtype}, not floating point"
     owner = owners.get(id(weight), name)
     if owner != name:

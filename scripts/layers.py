@@ -24,6 +24,8 @@ LAYERS = [
         "linear": "DecomposedLinear",
         "conv1d": "the same for GPT-2's Conv1D",
         "quantized": "quantised weights of bitsandbytes, torchao and ours",
+        "quantized_linear": "the layer on torchao's and on our own",
+        "bitsandbytes_linear": "the layer on bitsandbytes'",
     },
     {
         "targets": "which modules a method goes on",
@@ -46,10 +48,18 @@ LAYERS = [
     {"cli": "the decomp-kernels command"},
 ]
 
-# conv1d is a part of linear, in a file of its own because it needs transformers.
+# conv1d and bitsandbytes_linear are parts of linear, in files of their own because they need other
+# libraries, quantized_linear because few models have one.
 PEERS = {
     ("linear", "conv1d"),
     ("conv1d", "linear"),
+    ("linear", "quantized"),
+    ("linear", "quantized_linear"),
+    ("quantized_linear", "quantized"),
+    ("quantized_linear", "linear"),
+    ("quantized_linear", "bitsandbytes_linear"),
+    ("bitsandbytes_linear", "quantized"),
+    ("bitsandbytes_linear", "quantized_linear"),
     ("targets", "saved_modules"),
     ("making", "targets"),
 }

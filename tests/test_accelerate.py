@@ -33,6 +33,8 @@ def agree(stock, x, dtype, training=True):
         if dtype == torch.float64:
             assert relative_error(got[name], eager[name]) < 1e-12, name
         else:
+            if name.endswith("ranknum.default") and dtype == torch.bfloat16:
+                continue  # one number, what is left of thousands that cancel; fp32 checks it
             # The error of a few elements is a matter of luck: bf16 results were summed in them.
             few = dtype if got[name].numel() < 16 else None
             assert_as_good_as(got[name], eager[name], truth[name], name, few)

@@ -56,7 +56,7 @@ class TiledWeight:
         """Tiles [n, K] that cover the rows; of nf4 each begins with a block."""
         N, K = self.shape
         block = self.block
-        for rows in _slices(N, self._elements() // K, block // gcd(block, K)):
+        for rows in slices(N, self._elements() // K, block // gcd(block, K)):
             blocks = slice(rows.start * K // block, -(-rows.stop * K // block))
             yield (
                 rows,
@@ -71,7 +71,7 @@ class TiledWeight:
             return
         in_a_byte = K // self.codes.shape[1]
         scales = self.absmax.view(N, K // block)
-        for cols in _slices(K, self._elements() // N, block if self.format == "nf4" else 1):
+        for cols in slices(K, self._elements() // N, block if self.format == "nf4" else 1):
             codes = self.codes[:, cols.start // in_a_byte : cols.stop // in_a_byte].contiguous()
             some = scales[:, cols.start // block : -(-cols.stop // block)].contiguous()
             yield cols, self._tile(codes, some.flatten(), N, cols.stop - cols.start, dtype)
@@ -83,7 +83,7 @@ class TiledWeight:
         return dequantize(codes, absmax, self.format, rows, cols, dtype, self.impl)
 
 
-def _slices(size: int, step: int, aligned: int) -> Iterator[slice]:
+def slices(size: int, step: int, aligned: int) -> Iterator[slice]:
     """Slices that cover ``size``, of about ``step`` and from multiples of ``aligned``."""
     step = max(aligned, step // aligned * aligned)
     for start in range(0, size, step):

@@ -34,6 +34,8 @@ from decomp_kernels.methods.sparse import Sparse
 from decomp_kernels.methods.ssl import SSL
 from decomp_kernels.methods.vera import VeRA
 
+NORMS = ("weight_sq", "weight_seen", "kept_norm")  # what DoRA keeps on its adapter
+
 
 class Lora(Accelerated):
     container = "lora_A"
@@ -60,10 +62,11 @@ class Lora(Accelerated):
         if not isinstance(plan.method, DoRA):
             return super()._run(plan, x)
         view, norms = plan.view, self.fused.norms
-        view.weight_sq, view.weight_seen = norms.get(plan.adapter, (None, None))
+        for name, value in zip(NORMS, norms.get(plan.adapter, (None, None, None)), strict=True):
+            setattr(view, name, value)
         y = super()._run(plan, x)
         if not torch.compiler.is_compiling():
-            norms[plan.adapter] = (view.weight_sq, view.weight_seen)
+            norms[plan.adapter] = tuple(getattr(view, name) for name in NORMS)
         return y
 
     # What may change the base weight.
@@ -112,6 +115,11 @@ class Ia3(Accelerated):
         return live(SSL) if layer.is_feedforward else live(IA3, scale_bias=True)
 
 
+class Ia3Bnb(Ia3):
+    def result_dtype(self, x: Tensor, y: Tensor, quantized: bool) -> torch.dtype:
+        return torch.promote_types(x.dtype, torch.float32)  # PEFT leaves it so
+
+
 class Oft(Accelerated):
     container = "oft_R"
     keeps_dtype = True
@@ -147,6 +155,7 @@ class Boft(Accelerated):
 class Hra(Accelerated):
     container = "hra_u"
     keeps_dtype = True
+    quantized = False  # PEFT takes the codes for weights
 
     def method_of(self, adapter: str) -> Method:
         layer: Any = self
@@ -221,8 +230,8 @@ CLASSES: dict[str, tuple[type[Accelerated], str]] = {
     "AdaLoraLinear4bit": (AdaLora, "peft.tuners.adalora.bnb.SVDLinear4bit"),
     "AdaLoraLinear8bit": (AdaLora, "peft.tuners.adalora.bnb.SVDLinear8bitLt"),
     "Ia3Linear": (Ia3, "peft.tuners.ia3.layer.Linear"),
-    "Ia3Linear4bit": (Ia3, "peft.tuners.ia3.bnb.Linear4bit"),
-    "Ia3Linear8bit": (Ia3, "peft.tuners.ia3.bnb.Linear8bitLt"),
+    "Ia3Linear4bit": (Ia3Bnb, "peft.tuners.ia3.bnb.Linear4bit"),
+    "Ia3Linear8bit": (Ia3Bnb, "peft.tuners.ia3.bnb.Linear8bitLt"),
     "HiraLinear": (Hira, "peft.tuners.hira.layer.Linear"),
     "HiraLinear4bit": (Hira, "peft.tuners.hira.bnb.Linear4bit"),
     "HiraLinear8bit": (Hira, "peft.tuners.hira.bnb.Linear8bitLt"),
