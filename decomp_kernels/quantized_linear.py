@@ -129,6 +129,9 @@ class DecomposedQuantizedLinear(DecomposedQuantized, QuantizedLinear):
 class DecomposedTorchaoLinear(DecomposedQuantized, nn.Linear):  # type: ignore[misc]
     """An nn.Linear whose weight is an Int8Tensor of torchao."""
 
+    def base_weight(self) -> QuantizedWeight:  # without a look at its values in each forward
+        return torchao_weight(self.weight)
+
     def hold_quantized(self, weight: Tensor) -> None:
         from torchao.quantization import PerRow
 

@@ -34,6 +34,7 @@ LAYERS = [
     },
     {
         "model": "adapt, merge, remove, ...",
+        "quantization": "quantising a model's linears",
         "constraints": "MPC over a whole model",
         "optimizer": "parameter groups",
         "options": "options of adapters that are made",
