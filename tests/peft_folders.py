@@ -45,7 +45,7 @@ class Case(NamedTuple):
     method: Any
     config: str
     fields: dict[str, Any]
-    options: dict[str, Any] = {}  # noqa: RUF012 - of adapt, never changed
+    options: dict[str, Any] = {}
 
 
 TARGETS = ["block.up", "block.down", "other.down"]

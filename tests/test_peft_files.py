@@ -9,7 +9,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 from peft_folders import CASES, Net, config_of, inputs, ours, state, tensors_of, theirs
 
 import decomp_kernels as dk
-from decomp_kernels.testing import assert_as_good_as, relative_error
+from decomp_kernels.testing import relative_error
 
 every_case = pytest.mark.parametrize("name", CASES)
 
