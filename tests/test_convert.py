@@ -1,16 +1,10 @@
 """Adapters as plain LoRA, and ``decomp-kernels convert`` between the formats."""
 
-import copy
-
-import peft
 import pytest
 import torch
-from peft_folders import CASES, TARGETS, M, Net, config_of, inputs, moved, ours, tensors_of
-from test_files import train
-from torch import nn
+from peft_folders import TARGETS, M, Net, inputs, moved
 
 import decomp_kernels as dk
-from decomp_kernels.cli.main import main
 from decomp_kernels.interop.lowrank import as_lora
 from decomp_kernels.linear import adapted_layers
 from decomp_kernels.testing import relative_error
@@ -49,7 +43,7 @@ NOT_EXACT = {
 
 
 def adapted(method, dtype=torch.float64):
-    return train(dk.adapt(Net(dtype), method, TARGETS))
+    return moved(dk.adapt(Net(dtype), method, TARGETS))
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -6,8 +6,9 @@ base_model.model.<path>[.base_layer].bias     a bias of the base that is trained
 base_model.<tensor>                           what all layers share: VeRA's projections
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -40,6 +41,32 @@ _PREFIX = "base_model.model."
 Shapes = dict[str, tuple[int, int]]
 
 
+def _fault_of_the_file(
+    read: Callable[..., tuple[Description, dict[str, Tensor]]],
+) -> Callable[..., tuple[Description, dict[str, Tensor]]]:
+    """Whatever a value of a wrong kind leads to is an error of the file."""
+    kinds = (
+        TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError,
+        re.error,
+    )  # fmt: skip
+
+    @wraps(read)
+    def checked(*values: Any, **options: Any) -> tuple[Description, dict[str, Tensor]]:
+        try:
+            return read(*values, **options)
+        except AdapterFileError:
+            raise
+        except kinds as error:
+            words = f"{type(error).__name__}: {error}"[:300]
+            raise AdapterFileError(
+                f"{CONFIG} and {TENSORS} must be as PEFT writes them, and they are not ({words}); "
+                "they are damaged or were edited: save the adapter again with PEFT"
+            ) from None
+
+    return checked
+
+
+@_fault_of_the_file
 def from_peft(
     config: dict[str, Any], file: dict[str, Tensor], shapes: Shapes | None = None
 ) -> tuple[Description, dict[str, Tensor]]:
@@ -48,8 +75,7 @@ def from_peft(
     shapes: (N, K) of the model's linears, for VeRA saved without its projections.  Raises
     AdapterFileError where the file is wrong, or of a variant that is not computed here.
     """
-    with _readable(f"{CONFIG} has a field of a kind that PEFT does not write"):
-        forms = forms_of(config)
+    forms = forms_of(config)
     found = _sorted_keys(file, forms, config)
     tensors: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
@@ -58,13 +84,13 @@ def from_peft(
     if found.shared_by_all is None and any(_shares(form) for form in forms.values()):
         found.shared_by_all = _projections(config, list(found.layers), shapes)
     for path, theirs in found.layers.items():
-        with _readable(f"the tensors of {path} do not fit {CONFIG}"):
-            name = method_of(forms, config, path)
-            options = options_of(name, forms[name], config, path)
-            particulars.read_layer(forms[name].peft_type, config, path, options, theirs)
-            ours = _ours(forms[name], theirs)
+        name = method_of(forms, config, path)
+        options = options_of(name, forms[name], config, path)
+        particulars.read_layer(forms[name].peft_type, config, path, options, theirs)
+        ours = _ours(forms[name], theirs)
         tensors |= {layer_key(path, tensor): value for tensor, value in ours.items()}
         if (name, options) not in methods:
+            made_method(name, options)
             methods.append((name, options))
         layers[path] = (methods.index((name, options)), None)
         for tensor, value in (found.shared_by_all or {}).items():
@@ -191,7 +217,7 @@ def _sorted_keys(
     whole = tuple(config.get("modules_to_save") or ())
     biases = config.get("bias", "none")
     found = _Found()
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):  # decoding has no order of its own
         rest = key.removeprefix(_PREFIX)
         of_layer = next((name for name in names if rest.endswith(f".{name}")), None)
         module = _trained_whole(rest, whole)
@@ -257,21 +283,6 @@ def _projections(
             "are those of the base: load the adapter on the base model (convert: give --base)"
         )
     sizes = [shapes[path] for path in layers if path in shapes]
-    with _readable("the options of VeRA are wrong"):
-        method = VeRA(r=config["r"], projection_prng_key=config["projection_prng_key"])
-        made = method.share(sizes, torch.float32, torch.device("cpu"))
+    method = VeRA(r=config["r"], projection_prng_key=config["projection_prng_key"])
+    made = method.share(sizes, torch.float32, torch.device("cpu"))
     return {name: tensor.data for name, tensor in made.items()}
-
-
-@contextmanager
-def _readable(what: str) -> Iterator[None]:
-    """Whatever a wrong kind of value leads to is an error of the file."""
-    try:
-        yield
-    except AdapterFileError:
-        raise
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-        words = f"{type(error).__name__}: {error}"[:300]
-        raise AdapterFileError(
-            f"{what} ({words}); it is damaged or was edited: save the adapter again with PEFT"
-        ) from None
