@@ -54,7 +54,8 @@ class PeftForm:
     tensors: our tensor -> PEFT's; a layer may lack some of them.  options: our option -> the field
     of the configuration.  fixed: fields that must have these values for it to be this method.
     ours: values of our options with which the method computes exactly PEFT's function, training
-    included; with others it is not PEFT's if needs_ours, and else differs in training alone.
+    included.  With others it differs in training alone; but on a layer with a bias it is another
+    function if bias_needs_ours.
 
     per_layer: our options that the configuration can have by layer (rank_pattern, alpha_pattern).
     layers: the field that lists this method's layers, where two methods share a configuration.
@@ -68,7 +69,7 @@ class PeftForm:
     options: dict[str, str] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     ours: dict[str, Any] = field(default_factory=dict)
-    needs_ours: bool = False
+    bias_needs_ours: bool = False
     per_layer: tuple[str, ...] = ()
     layers: str = ""
     bias_only: str = ""

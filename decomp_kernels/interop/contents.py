@@ -31,7 +31,7 @@ def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, d
     """
     reshard(model)
     every = adapted_layers(model)
-    name = _which(every, adapter_name)
+    name = which_adapter(every, adapter_name)
     layers = {path: layer for path, layer in every.items() if name in layer.adapters}
     copies = {path: c.copies[name] for path, c in trained_copies(model).items() if name in c.copies}
     tensors, shared = _layer_tensors({path: layer.adapters[name] for path, layer in layers.items()})
@@ -81,7 +81,8 @@ def saved_options(method: Method) -> dict[str, Any]:
     return found
 
 
-def _which(layers: dict[str, Any], adapter_name: str | None) -> str:
+def which_adapter(layers: dict[str, Any], adapter_name: str | None) -> str:
+    """The adapter of this name, or the active one.  Raises ValueError where there is none."""
     known = sorted({name for layer in layers.values() for name in layer.adapters})
     if not known:
         raise ValueError("the model has no adapter to save; call adapt(model, method) first")

@@ -10,31 +10,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from decomp_kernels.interop import own_folder
 from decomp_kernels.interop.contents import contents
-from decomp_kernels.interop.description import (
-    AdapterFileError,
-    Description,
-    bias_key,
-    module_key,
-)
-from decomp_kernels.interop.fitting import Fitted, fit
+from decomp_kernels.interop.description import AdapterFileError, Description
+from decomp_kernels.interop.installing import install
 from decomp_kernels.interop.peft import folder as peft_folder
 from decomp_kernels.interop.peft.names import BaseFacts, facts_of
-from decomp_kernels.interop.tensor_file import dtype_name
+from decomp_kernels.interop.peft.translation import Shapes, from_peft, to_peft
 from decomp_kernels.linear import (
     Decomposed,
-    adapted_layers,
-    check_adapter_name,
     decomposed_class,
     stand_in,
 )
-from decomp_kernels.methods.base import Adapter
-from decomp_kernels.model import check_can_add, put_adapters
-from decomp_kernels.saved_modules import trained_copies
 from decomp_kernels.sharding import has_shards, writes
 
 FORMATS = {"decomp_kernels": own_folder.JSON, "peft": peft_folder.CONFIG}
@@ -89,7 +78,7 @@ def write_folder(
     write: Any
     made: tuple[Any, ...]
     if format == "peft":
-        write, made = peft_folder.write, peft_folder.as_peft(description, tensors, facts)
+        write, made = peft_folder.write, to_peft(description, tensors, facts)
         left = "an adapter that was there before may be gone"
     else:
         write, made = own_folder.write, (description, tensors)
@@ -105,9 +94,9 @@ def write_folder(
 
 
 def read_folder(
-    folder: Path, shapes: peft_folder.Shapes | None = None
+    folder: Path, shapes: Shapes | None = None
 ) -> tuple[Description, dict[str, Tensor]]:
-    """The adapter in ``folder``, whichever its format.  shapes: as peft/folder.py takes them."""
+    """The adapter in ``folder``, whichever its format.  shapes: (N, K) of the model's linears."""
     present = [name for name, file in FORMATS.items() if (folder / file).is_file()]
     if not present:
         raise FileNotFoundError(
@@ -119,10 +108,11 @@ def read_folder(
             f"{folder} must hold one adapter, and it has {' and '.join(FORMATS.values())}; "
             "keep one of them"
         )
-    return peft_folder.read(folder, shapes) if present == ["peft"] else own_folder.read(folder)
+    if present == ["peft"]:
+        return from_peft(*peft_folder.read(folder), shapes)
+    return own_folder.read(folder)
 
 
-@torch.no_grad()
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
@@ -144,24 +134,11 @@ def load_adapter(
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     whole, model = model, _unwrapped(model)
     description, tensors = read_folder(Path(folder), _shapes(model))
-    name = description.adapter_name if adapter_name is None else adapter_name
-    check_adapter_name(name)
-    check_can_add(model, name, trains_biases=bool(description.biases))
-    _check_free(model, name)
-    fitted = fit(model, description, allow_other_base)
-    values = _values(tensors, fitted)
-    adapters = _filled(fitted, values, description)
-    for path, module in fitted.copies.items():
-        module.load_state_dict({key: values[module_key(path, key)] for key in module.state_dict()})
-
-    # From here on nothing can fail: everything is made.
-    for bias, tensor in fitted.biases.items():
-        tensor.copy_(values[bias_key(bias)])
-    put_adapters(model, name, adapters, fitted.copies, list(fitted.biases))
+    install(model, description, tensors, adapter_name, allow_other_base)
     return whole
 
 
-def _shapes(model: nn.Module) -> peft_folder.Shapes:
+def _shapes(model: nn.Module) -> Shapes:
     """(N, K) of every linear of the model."""
     found = {}
     for name, module in model.named_modules():
@@ -185,62 +162,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     while isinstance(inner, parallel) or "_orig_mod" in getattr(inner, "_modules", {}):
         inner = inner.module if isinstance(inner, parallel) else inner._modules["_orig_mod"]
     return inner
-
-
-def _check_free(model: nn.Module, name: str) -> None:
-    for path, module in {**adapted_layers(model), **trained_copies(model)}.items():
-        if name in getattr(module, "adapters", ()) or name in getattr(module, "copies", ()):
-            raise ValueError(
-                f"{path or 'the model'} already has an adapter {name!r}; load this one under "
-                "another name: load_adapter(model, folder, adapter_name=...)"
-            )
-
-
-def _values(tensors: dict[str, Tensor], fitted: Fitted) -> dict[str, Tensor]:
-    """The file's tensors where the model needs them, checked to be finite."""
-    found = {}
-    for key, place in fitted.places.items():
-        tensor = tensors[key]
-        dtype = tensor.dtype if tensor.dtype in place.dtypes else place.convert_to
-        made = tensor.to(place.device, dtype, copy=True)
-        if made.is_floating_point() and not torch.isfinite(made).all():
-            raise AdapterFileError(
-                f"{key} must be finite, and as {dtype_name(dtype)} it holds NaN or infinity; "
-                "the file is damaged, or its numbers do not fit that dtype"
-            )
-        found[key] = made
-    return found
-
-
-def _filled(
-    fitted: Fitted, values: dict[str, Tensor], description: Description
-) -> dict[str, Adapter]:
-    """The blank adapters with their values.  A shared tensor is one Parameter on all its layers."""
-    parameters: dict[str, nn.Parameter] = {}
-    for path, adapter in fitted.blanks.items():
-        for name, blank in adapter.state_dict(keep_vars=True).items():
-            key = description.key(path, name)
-            owner_path, _, last = name.rpartition(".")
-            owner: Any = adapter.get_submodule(owner_path)
-            if isinstance(blank, nn.Parameter):
-                if key not in parameters:
-                    parameters[key] = nn.Parameter(values[key], requires_grad=blank.requires_grad)
-                owner._parameters[last] = parameters[key]
-            else:
-                owner._buffers[last] = values[key]
-        base = fitted.layers[path].base(path)
-        adapter.initialized = True
-        try:
-            adapter.method.check_values(adapter, base)
-        except ValueError as error:
-            raise AdapterFileError(
-                f"the file's tensors for {path or 'the model'} cannot be right: {error}"
-            ) from None
-        adapter.method.refresh(adapter, base)
-        left = [n for n, t in (*adapter.named_parameters(), *adapter.named_buffers()) if t.is_meta]
-        if left:
-            raise AdapterFileError(
-                f"{type(adapter.method).__name__} cannot be loaded: it keeps {left[0]!r} out of "
-                "the file, and its refresh does not make it again"
-            )
-    return fitted.blanks

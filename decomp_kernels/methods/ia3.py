@@ -21,7 +21,7 @@ class IA3(Method):
         "IA3",
         tensors={"out_scale": PeftTensor("ia3_l.*", "column")},
         ours={"scale_bias": True},
-        needs_ours=True,
+        bias_needs_ours=True,
         conv1d=True,
         note="with scale_bias=True",
     )

@@ -105,9 +105,14 @@ def _pattern(option: str) -> str:
     return {"r": "rank", "alpha": "alpha"}[option]
 
 
-def fields_of(methods: dict[str, Method]) -> tuple[PeftForm, dict[str, Any]]:
-    """(a form, the fields that say what the layers compute) for the methods of layers by path."""
-    forms = {path: _form_of(method) for path, method in methods.items()}
+def fields_of(
+    methods: dict[str, Method], without_bias: set[str]
+) -> tuple[PeftForm, dict[str, Any]]:
+    """(a form, the fields that say what the layers compute) for the methods of layers by path.
+
+    without_bias: the layers whose linear is known to have none.
+    """
+    forms = {path: _form_of(method, path in without_bias) for path, method in methods.items()}
     first = next(iter(forms.values()))
     config: dict[str, Any] = {"peft_type": first.peft_type}
     for form in forms.values():
@@ -150,7 +155,7 @@ def exactly(paths: Iterable[str]) -> str:
     return f"^{escaped[0]}" if len(escaped) == 1 else f"^({'|'.join(escaped)})"
 
 
-def _form_of(method: Method) -> PeftForm:
+def _form_of(method: Method, without_bias: bool) -> PeftForm:
     """The form of a method whose options are all PEFT's, else ValueError."""
     form = type(method).peft_form
     name = type(method).__name__
@@ -166,7 +171,7 @@ def _form_of(method: Method) -> PeftForm:
         value = getattr(method, field.name)
         if field.name not in form.ours:
             must = field.default
-        elif form.needs_ours:
+        elif form.bias_needs_ours and not without_bias:
             must = form.ours[field.name]
         else:
             continue
