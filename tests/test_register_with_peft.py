@@ -473,6 +473,12 @@ def test_copies_and_pickles_of_a_model_compute_the_same(config):
 # --- what does not fit
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wrapped_layer_is_in_the_mode_that_the_layer_was_in(training):
+    model = get_peft_model(net().train(training), made(CONFIGS["TriLoRAConfig"]))
+    assert [m.training for m in model.base_model.model.q.modules()] == [training] * 4
+
+
 def test_a_layer_that_refuses_leaves_the_model_as_it_was():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 2), "c": nn.Embedding(8, 8)})
     keys, modules = list(model.state_dict()), list(model.modules())
