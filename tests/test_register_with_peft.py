@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -161,14 +162,14 @@ def test_a_configuration_comes_back_from_json_and_pickle(config, tmp_path):
 
 def test_layers_are_chosen_by_peft_s_rules():
     layers = nn.ModuleList([Net(), Net(), Net()])
-    model = nn.ModuleDict({"layers": layers})
+    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": layers})})
     config = CONFIGS["SSBConfig"](
-        target_modules=["q", "k"], exclude_modules=["layers.2.k"], layers_to_transform=[0, 2],
+        target_modules=["q", "k"], exclude_modules=["model.layers.2.k"], layers_to_transform=[0, 2],
         layers_pattern="layers",
     )  # fmt: skip
     get_peft_model(model, config)
     chosen = [path for path, m in model.named_modules() if "Decomposed" in type(m).__name__]
-    assert chosen == ["layers.0.q", "layers.0.k", "layers.2.q"]
+    assert chosen == ["model.layers.0.q", "model.layers.0.k", "model.layers.2.q"]
 
 
 # --- one model
@@ -472,6 +473,12 @@ def test_copies_and_pickles_of_a_model_compute_the_same(config):
 # --- what does not fit
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_wrapped_layer_is_in_the_mode_that_the_layer_was_in(training):
+    model = get_peft_model(net().train(training), made(CONFIGS["TriLoRAConfig"]))
+    assert [m.training for m in model.base_model.model.q.modules()] == [training] * 4
+
+
 def test_a_layer_that_refuses_leaves_the_model_as_it_was():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 2), "c": nn.Embedding(8, 8)})
     keys, modules = list(model.state_dict()), list(model.modules())
@@ -620,3 +627,13 @@ def test_the_constraints_and_the_optimizer_s_groups_see_the_adapters():
 
     assert sizes(model) == sizes(ours)
     assert {lr for lr, _ in sizes(model)} == {1e-3, 16e-3}
+
+
+def test_the_page_s_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/registering.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    assert len(blocks) == 1
+    exec(compile(blocks[0], "docs/registering.md", "exec"), {"__name__": "__main__"})
+    named = set(re.findall(r"`(\w+Config)`", page))
+    assert named == set(CONFIGS)
