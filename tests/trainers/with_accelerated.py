@@ -61,8 +61,8 @@ def resumed() -> dict[str, Any]:
     for name, kwargs in (("reentrant", True), ("not", False)):
         options = {
             "gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 3,
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": kwargs},
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": kwargs},
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             whole = dk.accelerate(perturb(peft_model(lora_dropout=0.1)))

@@ -94,8 +94,7 @@ def learning() -> dict[str, Any]:
     _, losses = run(model, callbacks, max_steps=30, gradient_accumulation_steps=2,
                     learning_rate=2e-2)  # fmt: skip
     return {
-        "first": losses[0],
-        "last": losses[-1],
+        "losses": losses,
         "unmoved": unmoved(before, trained(model)),
         "trained": len(before),
         "base_changed": distance(base, frozen(model)),
@@ -155,7 +154,7 @@ def checkpointing() -> dict[str, Any]:
         ("not", {"use_reentrant": False}),
     ):
         model = adapted()
-        keys = {"activation_checkpointing": True, "activation_checkpointing_kwargs": options}
+        keys = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options}
         run(model, [trainers.CheckGradientsCallback()], max_steps=3, **(keys if options else {}))
         ends[name] = trained(model)
         found[f"{name}_checkpointed"] = model.model.layers[0].gradient_checkpointing
@@ -176,8 +175,8 @@ def silent() -> dict[str, Any]:
         return model
 
     options = {
-        "max_steps": 2, "activation_checkpointing": True,
-        "activation_checkpointing_kwargs": {"use_reentrant": True},
+        "max_steps": 2, "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
     }  # fmt: skip
     model = broken()
     before = trained(model)
@@ -315,7 +314,7 @@ def saving() -> dict[str, Any]:
     ):
         with tempfile.TemporaryDirectory() as folder:
             model = perturb(dk.adapt(llama(**options), **adapt))
-            plain = llama(**options)(**sample).logits
+            plain = llama(**options).eval()(**sample).logits
             settings = {
                 "folder": folder, "save_strategy": "steps", "save_steps": 2, "eval_steps": 2,
                 "eval_strategy": "steps", "load_best_model_at_end": True, "learning_rate": 0.5,
@@ -326,6 +325,7 @@ def saving() -> dict[str, Any]:
             best = trainer.state.best_model_checkpoint
             trainer.save_model(f"{folder}/final")
             weights = load_file(f"{folder}/final/model.safetensors")
+            kept = type(model).from_pretrained(f"{folder}/final").eval()
             again = dk.adapt(llama(seed=5, **options), **adapt).eval()
             left = again.load_state_dict(weights, strict=False)
             loaded = dk.load_adapter(llama(**options), f"{folder}/adapter").eval()
@@ -335,6 +335,7 @@ def saving() -> dict[str, Any]:
                 "best": Path(best).name,
                 "moved": (y - plain).abs().max().item(),
                 "whole": (again(**sample).logits - y).abs().max().item(),
+                "base": (kept(**sample).logits - plain).abs().max().item(),
                 "unexpected": left.unexpected_keys,
                 "missing": [key for key in left.missing_keys if not SAVED_ONCE.search(key)],
                 "adapter": (loaded(**sample).logits - y).abs().max().item(),

@@ -66,7 +66,7 @@ def learning() -> dict[str, Any]:
         trainer = run(model, callbacks, **options)
         found[name] = {
             "losses": losses(trainer),
-            "checkpointing": trainer.args.activation_checkpointing,
+            "checkpointing": trainer.args.gradient_checkpointing,
             "unmoved": unmoved(before, trained(model)),
             "trained": len(before),
             "base_changed": distance(base, frozen(model)),
