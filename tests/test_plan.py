@@ -43,7 +43,16 @@ def gpt2():
     )  # fmt: skip
 
 
-MODELS = {"llama": llama, "bert": bert, "gpt2": gpt2}
+def phi3():
+    """One linear for q, k and v, and a q that lies in memory by heads: so does what comes of it."""
+    return transformers.Phi3Config(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=96, vocab_size=128, max_position_embeddings=64, pad_token_id=0,
+        architectures=["Phi3ForCausalLM"],
+    )  # fmt: skip
+
+
+MODELS = {"llama": llama, "bert": bert, "gpt2": gpt2, "phi3": phi3}
 METHODS = {
     "lora": dk.LoRA(r=4),
     "lora-dropout": dk.LoRA(r=4, dropout=0.1),
