@@ -41,19 +41,19 @@ class Saved(NamedTuple):
     until_backward: int
     one_block: int
 
-    @property
-    def checkpointed(self) -> int:
-        return self.until_backward + self.one_block
+    def held(self, checkpointed: bool) -> int:
+        return self.until_backward + self.one_block if checkpointed else self.kept
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``plan`` returns: numbers of parameters, and bytes.
+    """What ``plan`` returns: the model's class, numbers of parameters, and bytes.
 
     base: the model's own weights and buffers.  adapters: what the method adds, trained or not.
     shards: {GPUs: a rank's bytes under FSDP2, without what is saved for backward}.
     """
 
+    model: str
     parameters: int
     trainable: int
     base: int
@@ -63,12 +63,14 @@ class Plan:
     saved: Saved
     shards: dict[int, int]
 
-    def per_gpu(self, gpus: int, *, sharded: bool, checkpointed: bool) -> int:
-        """Bytes on each of ``gpus``, under FSDP2 where sharded, else under DDP or alone."""
-        saved = self.saved.checkpointed if checkpointed else self.saved.kept
-        if sharded:
-            return self.shards[gpus] + saved
-        return self.base + self.adapters + self.gradients + self.optimizer + saved
+    def whole(self, checkpointed: bool = False) -> int:
+        """Bytes of one GPU that is alone, or one of any number under DDP."""
+        model = self.base + self.adapters + self.gradients + self.optimizer
+        return model + self.saved.held(checkpointed)
+
+    def sharded(self, gpus: int, checkpointed: bool = False) -> int:
+        """Bytes of one of ``gpus`` under FSDP2."""
+        return self.shards[gpus] + self.saved.held(checkpointed)
 
 
 def plan(
@@ -120,6 +122,7 @@ def plan(
     named = {name: stored[p] for name, p in model.named_parameters()} | buffers
     adapters = sum(size for name, size in named.items() if ".adapters." in name)
     return Plan(
+        model=type(model).__name__,
         parameters=sum(p.numel() for n, p in model.named_parameters() if ".adapters." not in n),
         trainable=sum(p.numel() for p in trained),
         base=sum(named.values()) - adapters,

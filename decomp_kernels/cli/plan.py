@@ -10,15 +10,19 @@ from decomp_kernels.cli.explain import DTYPES
 from decomp_kernels.cli.options import MethodChoice, parse_names
 from decomp_kernels.cli.text import aligned, counted
 from decomp_kernels.cli.unloaded import UNUSABLE, configuration, unloaded
+from decomp_kernels.methods.base import Method
 from decomp_kernels.planning import Plan, plan
 
 METHODS = ("ssb", "lora", "dora")
 GIB = 2**30
-NOT_COUNTED = (
-    "Not counted: temporaries (the gradient of the logits, a dequantised weight), what "
-    "communication and the allocator hold, the CUDA context.  Counted on shapes, with eager "
-    "transformers and FlashAttention; no GPU has measured it."
-)
+ASKED = (
+    "model", "batch_size", "sequence_length", "dtype", "adapter_dtype", "quantized",
+    "checkpointing", "optimizer", "gpus", "target_modules", "memory",
+)  # fmt: skip
+NOT_COUNTED = """\
+Not counted: temporaries (the gradient of the logits, a dequantised weight), what communication
+and the allocator hold, the CUDA context.  Counted on shapes, for eager transformers with
+FlashAttention; no GPU has measured it."""
 
 
 def gpu_counts(text: str) -> list[int]:
@@ -43,34 +47,34 @@ def gibibytes(text: str) -> float:
 def run(args: argparse.Namespace) -> int:
     choices = getattr(args, "method", None) or [MethodChoice(name) for name in METHODS]
     methods = [choice.make() for choice in choices]
-    plans: list[Plan] = []
-    for choice, method in zip(choices, methods, strict=True):
-        made = unloaded(
-            configuration(args.model), DTYPES[args.dtype], args.batch_size, args.sequence_length
-        )
-        if args.checkpointing == "block" and not made.blocks:
-            raise BadInput(f"{args.model} has no layers that transformers can checkpoint")
-        try:
-            found = plan(
-                made.model,
-                method,
-                made.forward,
-                made.blocks,
-                target_modules=parse_names(args.target_modules),
-                float32_adapter=args.adapter_dtype == "float32",
-                quantized=args.quantized,
-                optimizer=args.optimizer,
-                gpus=args.gpus,
-            )
-        except UNUSABLE as error:
-            raise BadInput(f"{args.model} with {choice.name}: {one_line(error)}") from None
-        plans.append(found)
-    names = [_name(choice) for choice in choices]
-    if args.json:
-        print(json.dumps(_as_json(args, names, plans), indent=1))
-    else:
-        print(_text(args, names, plans))
+    plans = {
+        _name(choice): _planned(args, method)
+        for choice, method in zip(choices, methods, strict=True)
+    }
+    print(json.dumps(_as_json(args, plans), indent=1) if args.json else _text(args, plans))
     return 0
+
+
+def _planned(args: argparse.Namespace, method: Method) -> Plan:
+    made = unloaded(
+        configuration(args.model), DTYPES[args.dtype], args.batch_size, args.sequence_length
+    )
+    if args.checkpointing == "block" and not made.blocks:
+        raise BadInput(f"{args.model} has no layers that transformers can checkpoint")
+    try:
+        return plan(
+            made.model,
+            method,
+            made.forward,
+            made.blocks,
+            target_modules=parse_names(args.target_modules),
+            float32_adapter=args.adapter_dtype == "float32",
+            quantized=args.quantized,
+            optimizer=args.optimizer,
+            gpus=args.gpus,
+        )
+    except UNUSABLE as error:
+        raise BadInput(f"{args.model} with {method.name}: {one_line(error)}") from None
 
 
 def _name(choice: MethodChoice) -> str:
@@ -80,31 +84,37 @@ def _name(choice: MethodChoice) -> str:
 def _totals(args: argparse.Namespace, found: Plan) -> dict[str, int]:
     """{what: bytes a GPU}: one GPU or DDP, and FSDP2 on each number above one."""
     checkpointed = args.checkpointing == "block"
-    totals = {"DDP": found.per_gpu(1, sharded=False, checkpointed=checkpointed)}
+    totals = {"DDP": found.whole(checkpointed)}
     for gpus in args.gpus:
         if gpus > 1:
-            totals[f"FSDP2 {gpus}"] = found.per_gpu(gpus, sharded=True, checkpointed=checkpointed)
+            totals[f"FSDP2 {gpus}"] = found.sharded(gpus, checkpointed)
     return totals
 
 
-def _text(args: argparse.Namespace, names: list[str], plans: list[Plan]) -> str:
-    parts = [["GiB", "trainable", "%", "weights", "adapters", "gradients", "optimizer", "saved"]]
-    totals = [["GiB a GPU", *(_heading(what) for what in _totals(args, plans[0]))]]
-    for name, found in zip(names, plans, strict=True):
-        checkpointed = args.checkpointing == "block"
-        saved = found.saved.checkpointed if checkpointed else found.saved.kept
+def _text(args: argparse.Namespace, plans: dict[str, Plan]) -> str:
+    first = next(iter(plans.values()))
+    parts = [
+        ["GiB", "trainable", "% of model", "weights", "adapters", "gradients", "optimizer", "saved"]
+    ]
+    totals = [["GiB a GPU", *map(_heading, _totals(args, first))]]
+    for name, found in plans.items():
+        saved = found.saved.held(args.checkpointing == "block")
         sizes = (found.base, found.adapters, found.gradients, found.optimizer, saved)
         share = f"{100 * found.trainable / found.parameters:.3f}"
         parts.append([name, f"{found.trainable:,}", share, *map(_gib, sizes)])
         totals.append([name, *(_marked(args, size) for size in _totals(args, found).values())])
     base = args.quantized or args.dtype
-    head = (
-        f"{args.model}, {plans[0].parameters:,} parameters in {base}; "
-        f"{counted(args.batch_size, 'row')} of {counted(args.sequence_length, 'token')} a GPU; "
-        f"{args.optimizer}; checkpointing: {args.checkpointing}"
-    )
-    lines = [head, "", aligned(parts, numbers=True), "", aligned(totals, numbers=True), ""]
-    if args.memory:
+    rows, tokens = counted(args.batch_size, "row"), counted(args.sequence_length, "token")
+    lines = [
+        f"{args.model}, {first.model}: {first.parameters:,} parameters in {base}",
+        f"{rows} of {tokens} a GPU; {args.optimizer}; checkpointing: {args.checkpointing}",
+        "",
+        aligned(parts, numbers=True),
+        "",
+        aligned(totals, numbers=True),
+        "",
+    ]
+    if args.memory is not None:
         lines.append(f"* fits in {args.memory:g} GiB by what is counted.")
     return "\n".join([*lines, NOT_COUNTED])
 
@@ -123,16 +133,13 @@ def _marked(args: argparse.Namespace, size: int) -> str:
     return _gib(size) + ("*" if size <= args.memory * GIB else " ")
 
 
-def _as_json(args: argparse.Namespace, names: list[str], plans: list[Plan]) -> dict[str, Any]:
-    asked = {name: value for name, value in vars(args).items() if name in ASKED}
+def _as_json(args: argparse.Namespace, plans: dict[str, Plan]) -> dict[str, Any]:
     made = {
         name: {**asdict(found), "saved": found.saved._asdict(), "per_gpu": _totals(args, found)}
-        for name, found in zip(names, plans, strict=True)
+        for name, found in plans.items()
     }
-    return {"asked": asked, "plans": made, "not_counted": NOT_COUNTED}
-
-
-ASKED = (
-    "model", "batch_size", "sequence_length", "dtype", "adapter_dtype", "quantized",
-    "checkpointing", "optimizer", "gpus", "target_modules", "memory",
-)  # fmt: skip
+    return {
+        "asked": {name: getattr(args, name) for name in ASKED},
+        "plans": made,
+        "not_counted": " ".join(NOT_COUNTED.split()),
+    }

@@ -78,27 +78,35 @@ def unloaded(config: Any, dtype: torch.dtype, rows: int, tokens: int) -> Unloade
         with torch.device("meta"):
             model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     except UNUSABLE as error:
-        raise BadInput(f"cannot make a model of the configuration: {one_line(error)}") from None
+        why = one_line(error)
+        if ATTENTION in why:
+            why = "its attention is its own, none of transformers' AttentionInterface"
+        raise BadInput(f"cannot make a model of the configuration: {why}") from None
     layer = transformers.modeling_layers.GradientCheckpointingLayer
     blocks = [module for module in model.modules() if isinstance(module, layer)]
 
     def forward(model: nn.Module) -> object:
         ids = torch.zeros(rows, tokens, dtype=torch.long, device="meta")
-        return model(input_ids=ids, **({"labels": ids} if language else {}))
+        try:
+            return model(input_ids=ids, **({"labels": ids} if language else {}))
+        except UNUSABLE as error:
+            raise BadInput(
+                f"{type(model).__name__} cannot run on token ids without their values: "
+                + one_line(error)
+            ) from None
 
     return Unloaded(model, blocks, forward)
 
 
 class _Attention(torch.autograd.Function):
-    """What FlashAttention keeps for backward, and an output that is laid out as its own."""
+    """What FlashAttention keeps for backward, and its output: laid out as q, as wide as v."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, heads, tokens, _ = q.shape
-        out = q.new_empty(batch, tokens, heads, v.shape[-1])
-        log_sum_exp = q.new_empty(batch, heads, tokens, dtype=torch.float32)
+        out = torch.empty_like(q)
+        log_sum_exp = q.new_empty(q.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(q, k, v, out, log_sum_exp)
-        return out
+        return out[..., : v.shape[-1]].transpose(1, 2)
 
 
 def _attention(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
