@@ -1,1 +1,1 @@
-CASES={}
+CASES = {}

@@ -1,6 +1,7 @@
 """torch.compile of adapted models: no graph break, eager's numbers, and how often it compiles."""
 
 import copy
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import decomp_kernels as dk
 from decomp_kernels.testing import assert_as_good_as, relative_error
 
-import os
 BACKEND = os.environ.get("BK", "inductor")
 METHODS = {
     "lora": dk.LoRA(r=4, dropout=0.1),

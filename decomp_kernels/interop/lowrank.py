@@ -17,6 +17,7 @@ from decomp_kernels.interop.contents import which_adapter
 from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods.base import Adapter, Base, Method
 from decomp_kernels.methods.lora import LoRA
+from decomp_kernels.ops.tiled_weight import dense
 
 
 class LoRALayer(NamedTuple):
@@ -138,7 +139,7 @@ def update_of(method: Method, adapter: Adapter, base: Base) -> Tensor:
     if method.why_not_mergeable is not None:
         raise ValueError(f"{where} is not linear in x: {method.why_not_mergeable}")
     exact = copy.deepcopy(adapter).double()
-    weight = base.weight.detach().double()
+    weight = dense(base.weight.detach(), torch.float64)
     bias = None if base.bias is None else base.bias.detach().double()
     wide = base._replace(weight=weight, bias=bias, dtype=torch.float64)
     method.refresh(exact, wide)

@@ -223,7 +223,8 @@ def check_hooks(module: nn.Module, name: str) -> None:
 
 def check_tensors(x: Tensor, weight: Tensor | QuantizedWeight, others: list[Tensor]) -> None:
     quantized = isinstance(weight, QuantizedWeight)
-    for tensor in (x, *(weight.tensors() if quantized else [weight]), *others):
+    base = [weight] if isinstance(weight, Tensor) else weight.tensors()
+    for tensor in (x, *base, *others):
         if type(tensor) not in (Tensor, nn.Parameter):
             raise PeftForward(f"it holds or is given a {type(tensor).__name__}")
         if tensor.device != x.device:
