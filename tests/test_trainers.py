@@ -127,6 +127,12 @@ def _check_callbacks(found: dict) -> None:
     assert found["mpc"]["without"] > 1e-2
     assert "call decomp_kernels.adapt" in found["mpc"]["said"]
 
+    events = found["events"]
+    assert events["scaled"] < ROUNDING
+    assert events["matrices"] == 2 * 14
+    assert events["seen"] == [0, 3 * 14]  # nothing of a step that a gradient scaler skipped
+    assert ["FSDP" in events["said"][0], "DEEPSPEED" in events["said"][1]] == [True, True]
+
 
 def _check_saving(found: dict) -> None:
     """The Trainer the whole model, the callback the adapter; load_best_model_at_end.

@@ -13,6 +13,7 @@ Importing this file imports transformers.
 
 import base64
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,14 @@ class MPCLossCallback(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         loss = self.loss(kwargs["model"])
         scaler = getattr(kwargs["optimizer"], "scaler", None)
-        (loss if scaler is None else scaler.scale(loss)).backward()
+        trained = [p for p in kwargs["model"].parameters() if p.requires_grad]
+        # Not backward(): its hooks are for the task's gradient, DDP's and CheckGradientsCallback's.
+        grads = torch.autograd.grad(
+            loss if scaler is None else scaler.scale(loss), trained, allow_unused=True
+        )
+        for parameter, grad in zip(trained, grads, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
 
 
 class SaveAdapterCallback(TrainerCallback):
@@ -155,24 +163,32 @@ class CheckGradientsCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.checked = False
+        self.reached: set[str] = set()
+        self.hooks: dict[str, Any] = {}  # by parameter, until the first step is checked
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.checked = False
+        self.reached = set()
+        self.hooks = {
+            name: parameter.register_post_accumulate_grad_hook(partial(self._reach, name))
+            for name, parameter in kwargs["model"].named_parameters()
+            if parameter.requires_grad
+        }
+
+    def _reach(self, name: str, _: torch.Tensor) -> None:
+        self.reached.add(name)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.checked:
-            return
-        trained = {n: p for n, p in kwargs["model"].named_parameters() if p.requires_grad}
-        without = [name for name, tensor in trained.items() if tensor.grad is None]
+        hooks, self.hooks = self.hooks, {}
+        for hook in hooks.values():
+            hook.remove()
+        without = [name for name in hooks if name not in self.reached]
         if without:
             raise RuntimeError(
-                f"{len(without)} of {len(trained)} trained parameters got no gradient, the first "
+                f"{len(without)} of {len(hooks)} trained parameters got no gradient, the first "
                 f"of them {without[0]}; with activation checkpointing set use_reentrant=False or "
                 "call model.enable_input_require_grads(), and adapt no layer whose weight the "
                 "loss reads directly"
             )
-        self.checked = True
 
 
 def _active(model: nn.Module, kind: type) -> list[Any]:

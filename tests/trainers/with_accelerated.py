@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from common import distance, frozen, llama, main, perturb, trained, unmoved
+from harness import run
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from with_trainer import run
 
 import decomp_kernels as dk
 from decomp_kernels.interop import trainers

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from common import adapted, batch, data, distance, main, perturb, trained
-from with_trainer import CONSTRAINT, loop, run
+from harness import CONSTRAINT, loop, run
 
 import decomp_kernels as dk
 from decomp_kernels.interop import trainers

@@ -1,90 +1,22 @@
 """transformers.Trainer on models from adapt(): learning, resuming, saving, and the callbacks."""
 
 import re
-import sys
 import tempfile
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from callback_cases import CASES
 from common import adapted, batch, data, distance, frozen, llama, main, perturb, trained, unmoved
+from harness import ADALORA, CONSTRAINT, has_core, loop, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerCallback
 
 import decomp_kernels as dk
 from decomp_kernels.interop import trainers
-from decomp_kernels.methods.adalora import RankAllocator
-from decomp_kernels.methods.lora_dash import select_directions
 
-ADALORA = dk.AdaLoRA(r=4, target_r=2, alpha=8, dropout=0.1, tinit=1, tfinal=2, deltaT=2)
 SAVED_ONCE = re.compile(r"^lm_head\.weight$|\.shared_(down|up)$")  # of tensors with two names
-CONSTRAINT = {"kind": "o", "coef": 0.05}
-
-
-class Losses(TrainerCallback):
-    """What the Trainer logs, step by step."""
-
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if "loss" in logs:
-            self.seen.append(logs["loss"])
-
-
-def run(
-    model: nn.Module,
-    callbacks: Any = (),
-    resume: str | None = None,
-    folder: str = "",
-    **options: Any,
-) -> tuple[Trainer, list[float]]:
-    """A Trainer over the data in its order, with AdamW at a constant rate, and its losses."""
-    settings = {
-        "max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no", "seed": 3,
-        "report_to": "none", "use_cpu": True, "disable_tqdm": True,
-        "train_sampling_strategy": "sequential", **options,
-    }  # fmt: skip
-    losses = Losses()
-    with tempfile.TemporaryDirectory() as scratch:
-        args = TrainingArguments(folder or scratch, **settings)
-        trainer = Trainer(
-            model, args, train_dataset=data(), callbacks=[losses, *callbacks], eval_dataset=data(8)
-        )
-        trainer.train(resume_from_checkpoint=resume)
-    return trainer, losses.seen
-
-
-def loop(
-    model: nn.Module, steps: int, *, rows: int = 4, accumulate: int = 1, clip: float = 1.0,
-    constraint: dict[str, Any] | None = None, allocator: RankAllocator | None = None,
-    select_after: int | None = None,
-) -> None:  # fmt: skip
-    """The same without the Trainer: loss + mpc_loss, clipped, the companions as they document."""
-    model.train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
-    all_rows = data()
-    torch.manual_seed(3)
-    for step in range(steps):
-        if step == select_after:
-            select_directions(model)
-        for micro in range(accumulate):
-            first = (step * accumulate + micro) * rows % len(all_rows)
-            loss = model(**batch(all_rows[first : first + rows])).loss / accumulate
-            if constraint is not None:
-                loss = loss + dk.mpc_loss(model, **constraint) / accumulate
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
-        if allocator is not None:
-            allocator.step(model, step + 1)
-        optimizer.zero_grad()
 
 
 def learning() -> dict[str, Any]:
@@ -127,7 +59,7 @@ def resumed() -> dict[str, Any]:
                 "another_start": distance(trained(whole), trained(adapted(method, seed=5))),
             }
             if name == "adalora":
-                ranks = [m.core.count_nonzero().item() for m in again.modules() if _adapter(m)]
+                ranks = [m.core.count_nonzero().item() for m in again.modules() if has_core(m)]
                 found[name]["ranks"] = ranks
                 forgotten = adapted(method, seed=5)
                 try:  # without the allocator's state there is no going on
@@ -138,10 +70,6 @@ def resumed() -> dict[str, Any]:
                 except ValueError as error:
                     found[name]["without"] = str(error)
     return found
-
-
-def _adapter(module: nn.Module) -> bool:
-    return hasattr(module, "method") and hasattr(module, "core")
 
 
 def checkpointing() -> dict[str, Any]:
@@ -228,80 +156,6 @@ def autocast() -> dict[str, Any]:
     }
 
 
-def allocator() -> dict[str, Any]:
-    method = replace(ADALORA, dropout=0.0)  # masks are drawn after other random numbers there
-    callback = trainers.RankAllocatorCallback()
-    model = perturb(adapted(method))
-    run(model, [callback, trainers.MPCLossCallback(**CONSTRAINT)], max_steps=8)
-    by_hand, without = perturb(adapted(method)), perturb(adapted(method))
-    own = RankAllocator(method, 8)
-    loop(by_hand, 8, constraint=CONSTRAINT, allocator=own)
-    loop(without, 8, constraint=CONSTRAINT)
-    try:
-        run(adapted(method), [callback], max_steps=3)
-        said = ""
-    except ValueError as error:
-        said = str(error)
-    return {
-        "difference": distance(trained(model), trained(by_hand)),
-        "without": distance(trained(model), trained(without)),
-        "ranks": sorted(callback.allocator.ranks().values()),
-        "same_ranks": callback.allocator.ranks() == own.ranks(),
-        "said": said,
-    }
-
-
-def directions() -> dict[str, Any]:
-    method = dk.LoRADash(r=4, alpha=8, n_directions=3)
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model = adapted(method)
-        options = {"folder": folder, "save_strategy": "steps", "save_steps": 2}
-        run(model, [trainers.SelectDirectionsCallback(4)], **options)
-        for step in (2, 4):
-            tensors = load_file(f"{folder}/checkpoint-{step}/model.safetensors")
-            selected = {bool(t) for name, t in tensors.items() if name.endswith("selected")}
-            found[f"selected_at_{step}"] = sorted(selected)
-        for step in (2, 4):  # before and after the choice
-            again = adapted(method, seed=5)
-            run(again, [trainers.SelectDirectionsCallback(4)],
-                f"{folder}/checkpoint-{step}", **options)  # fmt: skip
-            found[f"resumed_at_{step}"] = distance(trained(model), trained(again))
-    by_hand = adapted(method)
-    loop(by_hand, 6, select_after=4)
-    found["difference"] = distance(trained(model), trained(by_hand))
-    cores = [m.core for m in model.modules() if _adapter(m)]
-    found["directions_trained"] = all(core.abs().min() > 0 for core in cores)
-    found["said"] = []
-    for bad, after in ((adapted(method), 6), (adapted(), 4)):
-        try:
-            run(bad, [trainers.SelectDirectionsCallback(after)])
-        except ValueError as error:
-            found["said"].append(str(error))
-    return found
-
-
-def mpc() -> dict[str, Any]:
-    """With clipping at work and accumulation: the same as the sum of the losses in a loop."""
-    ends = {}
-    for name, callbacks in (("with", [trainers.MPCLossCallback(**CONSTRAINT)]), ("without", [])):
-        model = perturb(adapted(dk.LoRA(r=4, alpha=8)))
-        run(model, callbacks, max_steps=5, gradient_accumulation_steps=2, max_grad_norm=0.05)
-        ends[name] = trained(model)
-    by_hand = perturb(adapted(dk.LoRA(r=4, alpha=8)))
-    loop(by_hand, 5, accumulate=2, clip=0.05, constraint=CONSTRAINT)
-    try:
-        run(adapted(dk.SSB()), [trainers.MPCLossCallback(**CONSTRAINT)])
-        said = ""
-    except ValueError as error:
-        said = str(error)
-    return {
-        "difference": distance(ends["with"], trained(by_hand)),
-        "without": distance(ends["without"], trained(by_hand)),
-        "said": said,
-    }
-
-
 def saving() -> dict[str, Any]:
     """Tied embeddings, a trained head's copy, VeRA's shared tensors; the best model at the end."""
     found: dict[str, Any] = {}
@@ -351,9 +205,7 @@ def saving() -> dict[str, Any]:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    sys.path.insert(0, str(Path(__file__).parent))
     main({
         "learning": learning, "resumed": resumed, "checkpointing": checkpointing, "silent": silent,
-        "accumulation": accumulation, "autocast": autocast, "allocator": allocator,
-        "directions": directions, "mpc": mpc, "saving": saving,
+        "accumulation": accumulation, "autocast": autocast, "saving": saving, **CASES,
     })  # fmt: skip
