@@ -1,7 +1,10 @@
 """torch.compile of adapted models: no graph break, eager's numbers, and how often it compiles."""
 
 import copy
+import re
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +170,27 @@ def test_doras_norm_is_that_of_the_trained_matrices(cache_norm):
     assert counter.frame_count == 1
 
 
+def test_a_recorded_graph_computes_the_norm_in_each_replay(monkeypatch):
+    """What a CUDA graph reads, it reads from the same memory for ever: no norm that is kept."""
+    layer = adapted(two_linears(), dk.DoRA(r=4, cache_norm=True))[0]
+    adapter = layer.adapters["default"]
+    kept = adapter.method.norm(adapter, layer.base())
+    assert adapter.method.norm(adapter, layer.base()) is kept
+    monkeypatch.setattr("decomp_kernels.dispatch.recording", lambda device: True)
+    fresh = adapter.method.norm(adapter, layer.base())
+    assert fresh is not kept and torch.equal(fresh, kept)
+
+
+def test_the_documents_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "compile.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) >= 3
+    names = {"__name__": "__main__"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/compile.md, python block {number + 1}", "exec"), names)
+
+
 # -- scale ---------------------------------------------------------------------------------------
 
 SCALED = ("lora", "dora", "adalora", "trilora", "flora", "moslora", "pissa", "milora", "lora_dash")
@@ -197,7 +221,7 @@ def check_scales(model, run, x, change=dk.set_options):
         for name, *three in zip(["y", *trained(model)], *results, strict=True):
             assert_as_good_as(*three, f"alpha={alpha}: {name}")
         outputs.append(results[0][0])
-    assert min(relative_error(a, b) for a, b in zip(outputs, outputs[1:])) > 1e-3, "alpha must act"
+    assert min(relative_error(a, b) for a, b in pairwise(outputs)) > 1e-3, "alpha must act"
 
 
 @pytest.mark.parametrize("name", SCALED)

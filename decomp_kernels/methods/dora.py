@@ -108,7 +108,9 @@ class DoRA(LowRank):
         """||V_j||, [N], float32 or wider, with a gradient only where norm_grad asks for it."""
         if not torch.compiler.is_compiling() and adapter.weight_seen != _identity(base.weight):
             self.refresh(adapter, base)
-        if not self.cache_norm or torch.compiler.is_compiling():
+        # What is traced or recorded once runs many times: there the norm is a part of it.
+        recorded = torch.compiler.is_compiling() or dispatch.recording(base.weight.device)
+        if not self.cache_norm or recorded:
             return self._norm_now(adapter, base)
         tensors = (base.weight, adapter.down, adapter.up)
         state = (_optimizer_steps, self.scale, *map(_identity, tensors))
