@@ -1,8 +1,10 @@
 """torch.compile of adapted models: no graph break, eager's numbers, and how often it compiles."""
 
 import copy
-import os
+import re
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import decomp_kernels as dk
 from decomp_kernels.testing import assert_as_good_as, relative_error
 
-BACKEND = os.environ.get("BK", "inductor")
 METHODS = {
     "lora": dk.LoRA(r=4, dropout=0.1),
     "dora": dk.DoRA(r=4, dropout=0.1),
@@ -48,30 +49,31 @@ def compiled(model, backend="aot_eager"):
 
 
 def step(model, run, ids, seed, lr=0.5):
-    """One step of SGD: the loss and the gradients, by name."""
+    """One step of SGD: the loss, and all gradients in one vector."""
     torch.manual_seed(seed)
     loss = run(input_ids=ids, labels=ids).loss
     loss.backward()
-    grads = {name: p.grad for name, p in trained(model).items()}
+    parameters = trained(model).values()
+    grads = torch.cat([p.grad.flatten() for p in parameters])
     with torch.no_grad():
-        for p in trained(model).values():
+        for p in parameters:
             p -= lr * p.grad
             p.grad = None
-    return {"loss": loss.detach(), **grads}
+    return loss.detach(), grads
 
 
 def check_training(model, run, steps, after_first=lambda: None):
-    """``run`` trains the model as eager PyTorch trains a copy, against a copy in float64."""
+    """Each step of ``run`` is as good as eager PyTorch's from the same parameters."""
     eager, exact = copy.deepcopy(model), copy.deepcopy(model).double()
     start = {name: p.detach().clone() for name, p in trained(model).items()}
     ids = torch.randint(0, 64, (2, 8))
     for number in range(steps):
-        ours, plain, right = (
-            step(one, way, ids, seed=number)
-            for one, way in ((model, run), (eager, eager), (exact, exact))
-        )
-        for name in ours:
-            assert_as_good_as(ours[name], plain[name], right[name], f"step {number}: {name}")
+        for one in (eager, exact):
+            one.load_state_dict(model.state_dict())
+        runs = ((model, run), (eager, eager), (exact, exact))
+        ours, plain, right = (step(one, way, ids, seed=number) for one, way in runs)
+        assert_as_good_as(ours[0], plain[0], right[0], f"step {number}: loss")
+        assert_as_good_as(ours[1], plain[1], right[1], f"step {number}: gradients")
         if number == 0:
             after_first()
     for name, p in trained(model).items():
@@ -82,7 +84,7 @@ def check_training(model, run, steps, after_first=lambda: None):
 def test_a_llama_trains_by_inductors_code(method):
     """Five steps, compiled once."""
     model = adapted(tiny_llama(), method).train()
-    run, counter = compiled(model, BACKEND)
+    run, counter = compiled(model, "inductor")
     check_training(
         model, run, 5, after_first=lambda: torch.compiler.set_stance("fail_on_recompile")
     )
@@ -100,7 +102,7 @@ def test_a_llama_trains_by_inductors_code(method):
 @pytest.mark.parametrize("method", OTHERS.values(), ids=OTHERS)
 def test_a_llama_trains_by_inductors_code_with_other_methods(method):
     model = adapted(tiny_llama(), method).train()
-    run, counter = compiled(model, BACKEND)
+    run, counter = compiled(model, "inductor")
     check_training(model, run, 3)
     assert counter.frame_count == 1
 
@@ -168,6 +170,27 @@ def test_doras_norm_is_that_of_the_trained_matrices(cache_norm):
     assert counter.frame_count == 1
 
 
+def test_a_recorded_graph_computes_the_norm_in_each_replay(monkeypatch):
+    """What a CUDA graph reads, it reads from the same memory for ever: no norm that is kept."""
+    layer = adapted(two_linears(), dk.DoRA(r=4, cache_norm=True))[0]
+    adapter = layer.adapters["default"]
+    kept = adapter.method.norm(adapter, layer.base())
+    assert adapter.method.norm(adapter, layer.base()) is kept
+    monkeypatch.setattr("decomp_kernels.dispatch.recording", lambda device: True)
+    fresh = adapter.method.norm(adapter, layer.base())
+    assert fresh is not kept and torch.equal(fresh, kept)
+
+
+def test_the_documents_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (Path(__file__).parent.parent / "docs" / "compile.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) >= 3
+    names = {"__name__": "__main__"}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/compile.md, python block {number + 1}", "exec"), names)
+
+
 # -- scale ---------------------------------------------------------------------------------------
 
 SCALED = ("lora", "dora", "adalora", "trilora", "flora", "moslora", "pissa", "milora", "lora_dash")
@@ -198,7 +221,7 @@ def check_scales(model, run, x, change=dk.set_options):
         for name, *three in zip(["y", *trained(model)], *results, strict=True):
             assert_as_good_as(*three, f"alpha={alpha}: {name}")
         outputs.append(results[0][0])
-    assert min(relative_error(a, b) for a, b in zip(outputs, outputs[1:])) > 1e-3, "alpha must act"
+    assert min(relative_error(a, b) for a, b in pairwise(outputs)) > 1e-3, "alpha must act"
 
 
 @pytest.mark.parametrize("name", SCALED)

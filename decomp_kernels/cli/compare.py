@@ -26,7 +26,6 @@ from decomp_kernels.interop.peft.accelerate import accelerate, fused_calls
 from decomp_kernels.linear import Decomposed
 from decomp_kernels.methods.base import Method
 
-
 PEFT = "PEFT"
 ACCELERATED = "PEFT, accelerate()"
 

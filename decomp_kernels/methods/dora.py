@@ -134,7 +134,9 @@ class DoRA(LowRank):
         kept = self.cache_norm
         if kept is None:
             kept = isinstance(base.weight, QuantizedWeight) and not self.norm_grad
-        if not kept or torch.compiler.is_compiling():
+        # What is traced or recorded once runs many times: there the norm is a part of it.
+        recorded = torch.compiler.is_compiling() or dispatch.recording(base.weight.device)
+        if not kept or recorded:
             return self._norm_now(adapter, base)
         tensors = (base.weight, adapter.down, adapter.up)
         state = (_optimizer_steps, self.scale, *map(_identity, tensors))
