@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import decomp_kernels as dk
 from decomp_kernels.linear import adapted_layers
+from decomp_kernels.sharding import reshard
 
 
 def output(model) -> torch.Tensor:
@@ -98,11 +99,12 @@ def reloaded(rank, world, folder):
             state = layer.state_dict()
             rows = torch.linspace(0.5, 2, len(state["weight"]))[:, None]
             layer.load_state_dict(state | {"weight": state["weight"] * rows})
-        # Not freed after a forward: new values come into the memory that the old norm is of.
-        model = shard(plain, world, reshard_after_forward=False)
+        model = shard(plain, world)
         before = output(model)
         state = other.state_dict()
-        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
+        options = StateDictOptions(full_state_dict=True)
+        reshard(model)  # the root stays gathered after a forward, and torch loads shards
+        set_model_state_dict(model, state, options=options)
         found[f"changed-{cached}"] = (output(other) - before).abs().max().item()
         found[f"wrong-{cached}"] = (output(model) - output(other)).abs().max().item()
     return found
