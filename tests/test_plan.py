@@ -299,7 +299,7 @@ def test_command_as_text(capsys, folder):
     assert "2 rows of 48 tokens a GPU" in text
     assert f" {found.trainable:,} " in text
     assert "FSDP2 64 GPUs" in text
-    assert "Not counted" in text
+    assert "Left out" in text
     (line,) = [line for line in text.splitlines() if line.startswith("ssb") and "*" in line]
     assert line.count("*") == 4
     small = printed(capsys, "--model", folder, "--method", "ssb", *SIZES, "--memory", "0.0001")
