@@ -363,7 +363,25 @@ def test_command_on_a_broken_configuration(capsys, folder, changes, message):
     assert len(error.splitlines()) == 1
 
 
-def test_command_says_which_models_it_cannot_run(capsys, tmp_path):
-    transformers.T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
-    assert main(["plan", "--model", str(tmp_path)]) == 2
-    assert "an encoder and a decoder" in capsys.readouterr().err
+REFUSED = {
+    "T5": ({}, "ForConditionalGeneration", "an encoder and a decoder"),
+    "Falcon": (
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "ForCausalLM",
+        "none of transformers' AttentionInterface",
+    ),
+    "ViT": (
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "Model",
+        "ViTModel cannot run on token ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_command_says_which_models_it_cannot_run(capsys, tmp_path, name):
+    sizes, kind, message = REFUSED[name]
+    config = getattr(transformers, f"{name}Config")
+    config(architectures=[f"{name}{kind}"], **sizes).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--sequence-length", "8"]) == 2
+    assert message in capsys.readouterr().err
