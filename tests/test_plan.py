@@ -299,7 +299,7 @@ def test_command_as_text(capsys, folder):
     assert "2 rows of 48 tokens a GPU" in text
     assert f" {found.trainable:,} " in text
     assert "FSDP2 64 GPUs" in text
-    assert "Not counted" in text
+    assert "Left out" in text
     (line,) = [line for line in text.splitlines() if line.startswith("ssb") and "*" in line]
     assert line.count("*") == 4
     small = printed(capsys, "--model", folder, "--method", "ssb", *SIZES, "--memory", "0.0001")
@@ -363,7 +363,25 @@ def test_command_on_a_broken_configuration(capsys, folder, changes, message):
     assert len(error.splitlines()) == 1
 
 
-def test_command_says_which_models_it_cannot_run(capsys, tmp_path):
-    transformers.T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
-    assert main(["plan", "--model", str(tmp_path)]) == 2
-    assert "an encoder and a decoder" in capsys.readouterr().err
+REFUSED = {
+    "T5": ({}, "ForConditionalGeneration", "an encoder and a decoder"),
+    "Falcon": (
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "ForCausalLM",
+        "none of transformers' AttentionInterface",
+    ),
+    "ViT": (
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "Model",
+        "ViTModel cannot run on token ids",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_command_says_which_models_it_cannot_run(capsys, tmp_path, name):
+    sizes, kind, message = REFUSED[name]
+    config = getattr(transformers, f"{name}Config")
+    config(architectures=[f"{name}{kind}"], **sizes).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--sequence-length", "8"]) == 2
+    assert message in capsys.readouterr().err

@@ -19,10 +19,9 @@ ASKED = (
     "model", "batch_size", "sequence_length", "dtype", "adapter_dtype", "quantized",
     "checkpointing", "optimizer", "gpus", "target_modules", "memory",
 )  # fmt: skip
-NOT_COUNTED = """\
-Not counted: temporaries (the gradient of the logits, a dequantised weight), what communication
-and the allocator hold, the CUDA context.  Counted on shapes, for eager transformers with
-FlashAttention; no GPU has measured it."""
+ASSUMED = """\
+Counted on shapes, for eager transformers with FlashAttention; no GPU has measured it.  Left out:
+temporaries, such as the gradient of the logits, and what communication and the allocator hold."""
 
 
 def gpu_counts(text: str) -> list[int]:
@@ -116,7 +115,7 @@ def _text(args: argparse.Namespace, plans: dict[str, Plan]) -> str:
     ]
     if args.memory is not None:
         lines.append(f"* fits in {args.memory:g} GiB by what is counted.")
-    return "\n".join([*lines, NOT_COUNTED])
+    return "\n".join([*lines, ASSUMED])
 
 
 def _heading(what: str) -> str:
@@ -141,5 +140,5 @@ def _as_json(args: argparse.Namespace, plans: dict[str, Plan]) -> dict[str, Any]
     return {
         "asked": {name: getattr(args, name) for name in ASKED},
         "plans": made,
-        "not_counted": " ".join(NOT_COUNTED.split()),
+        "assumed": " ".join(ASSUMED.split()),
     }
