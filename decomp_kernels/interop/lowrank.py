@@ -143,6 +143,8 @@ def update_of(method: Method, adapter: Adapter, base: Base) -> Tensor:
     wide = base._replace(weight=weight, bias=bias, dtype=torch.float64)
     method.refresh(exact, wide)
     merged, merged_bias = method.merged(exact, wide)
+    update = merged - weight
+    _check_finite(update, base)
     if (merged_bias is None) != (bias is None) or not (
         bias is None or merged_bias is None or torch.equal(merged_bias, bias)
     ):
@@ -150,8 +152,6 @@ def update_of(method: Method, adapter: Adapter, base: Base) -> Tensor:
             f"{type(method).__name__} on {where} changes the bias, which no update of the weight "
             "does; keep its own format"
         )
-    update = merged - weight
-    _check_finite(update, base)
     return update
 
 

@@ -99,8 +99,8 @@ def select_directions(model: nn.Module) -> None:
     found = []
     layer: Any
     for name, layer in model.named_modules():
-        active = getattr(layer, "active_adapter", None)
-        adapter: Any = None if active is None else layer.adapters[active]
+        active, adapters = (getattr(layer, n, None) for n in ("active_adapter", "adapters"))
+        adapter: Any = None if active is None or adapters is None else adapters[active]
         if adapter is None or not isinstance(adapter.method, LoRADash):
             continue
         if layer.merged_adapter is not None:
