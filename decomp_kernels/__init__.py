@@ -7,6 +7,7 @@ from decomp_kernels.explanation import explain
 from decomp_kernels.factors import Factors
 from decomp_kernels.interop.description import AdapterFileError
 from decomp_kernels.interop.files import load_adapter, save_adapter
+from decomp_kernels.interop.lowrank import as_lora
 from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import METHODS, methods
 from decomp_kernels.model import (

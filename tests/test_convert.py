@@ -1,6 +1,8 @@
 """Adapters as plain LoRA, and ``decomp-kernels convert`` between the formats."""
 
 import copy
+import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -32,19 +34,16 @@ EXACT = {
     "hra": (M["hra"](r=4), 4),
     "loha": (M["loha"](r=2), 4),
 }
-NOT_EXACT = {
-    "dora": "scales",
-    "ssb": "scales",
-    "ia3": "scales",
-    "ssl": "scales",
-    "oft": "whole weight",
-    "boft": "whole weight",
-    "hira": "whole weight",
-    "liera": "whole weight",
-    "sparse": "whole weight",
-    "lokr": "no single call",
-    "bitfit": "changes the bias",
-}
+
+
+def documented():
+    """{method: (PEFT configuration, rank or reason)}, the table of docs/files.md."""
+    text = (Path(__file__).parent.parent / "docs" / "files.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", text, re.M)
+    return {name: (config, rank) for name, config, rank in rows}
+
+
+NOT_EXACT = sorted(name for name, (_, rank) in documented().items() if "`" not in rank)
 
 
 def adapted(method, dtype=torch.float64):
@@ -69,21 +68,33 @@ def test_a_low_rank_update_is_exactly_a_lora(name):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_the_table_of_the_documents_names_every_method():
+    table = documented()
+    assert table.keys() == M.keys()
+    for name, method in M.items():
+        form = method.peft_form
+        assert table[name][0] == ("no" if form is None else f"`{form.config}`"), name
+    for name, (method, rank) in EXACT.items():
+        formula = table[method.name][1].split("`")[1]
+        assert eval(formula, {}, vars(method)) == rank, name
+    assert {method.name for method, _ in EXACT.values()} | set(NOT_EXACT) == M.keys()
+
+
 @pytest.mark.parametrize("name", NOT_EXACT)
 def test_another_update_is_refused_with_the_reason(name):
     model, x = adapted(M[name].small()), inputs()
     y = model(x)
-    with pytest.raises(ValueError, match=NOT_EXACT[name]):
+    with pytest.raises(ValueError, match=documented()[name][1].partition(":")[0]):
         as_lora(model)
     assert torch.equal(model(x), y)
 
 
-RANKS = {name: method for name, method in M.items() if name in NOT_EXACT and name != "bitfit"}
+LINEAR = [n for n in NOT_EXACT if n != "bitfit" and M[n].small().why_not_mergeable is None]
 
 
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize("name", LINEAR)
 def test_a_rank_gives_the_nearest_update_of_that_rank(name):
-    model = adapted(RANKS[name].small())
+    model = adapted(M[name].small())
     update = {p: updated(layer) for p, layer in adapted_layers(model).items()}
     report = as_lora(model, rank=5)
     lost = total = 0.0
@@ -195,14 +206,19 @@ def test_peft_takes_the_exact_expression_of_names(tmp_path):
     assert relative_error(stock(inputs()), model(inputs())) < 1e-12
 
 
-@pytest.mark.parametrize("name", [n for n in EXACT if n != "hra"])
-@pytest.mark.parametrize("source", ["decomp_kernels", "peft"])
-def test_to_lora_without_the_base(name, source, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (source, name)
+        for name, (method, _) in EXACT.items()
+        for source in ("decomp_kernels", "peft")
+        if name != "hra" and (source != "peft" or method.peft_form is not None)
+    ],
+)
+def test_to_lora_without_the_base(source, name, tmp_path, capsys):
     method, rank = EXACT[name]
     model = dk.adapt(Net(), method, TARGETS, modules_to_save=["head"])
     model, x = moved(model), inputs()
-    if source == "peft" and method.peft_form is None:
-        pytest.skip("not PEFT's")
     dk.save_adapter(model, tmp_path / "ours", format=source)
     if source == "peft" and name == "vera":  # up_scale [N] and core [r]: K is nowhere
         assert run(tmp_path / "ours", tmp_path / "lora", "--to", "lora") == 2

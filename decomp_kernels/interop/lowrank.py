@@ -107,8 +107,10 @@ def why_not_exact(method: Method, adapter: Adapter, base: Base) -> str | None:
     factors = method.lower(adapter, base)
     if factors.weight_map is not None:
         return "it changes the whole weight"
-    if factors.in_scale is not None or factors.out_scale is not None:
-        return "it scales what the base weight takes in or gives out"
+    if factors.in_scale is not None:
+        return "it scales what the base weight takes in"
+    if factors.out_scale is not None:
+        return "it scales what the base weight gives out"
     if factors.activation != "identity":
         return f"it has a {factors.activation} between down and up"
     if factors.bias is not None and type(method) is not LoRA:
