@@ -7,6 +7,7 @@ from decomp_kernels.explanation import explain
 from decomp_kernels.factors import Factors
 from decomp_kernels.interop.description import AdapterFileError
 from decomp_kernels.interop.files import load_adapter, save_adapter
+from decomp_kernels.interop.lowrank import as_lora
 from decomp_kernels.interop.peft.accelerate import accelerate, restore
 from decomp_kernels.interop.peft.register import register_with_peft
 from decomp_kernels.interop.report import report

@@ -45,7 +45,7 @@ FIELDS = [
     ("loha", {"rank_dropout": 0.1}, "rank_dropout=0.1"),
     ("boft", {"boft_dropout": 0.1}, "boft_dropout=0.1"),
     ("lora", {"r": "four"}, "r=...|must be int"),
-    ("lora", {"r": 5}, r"must have shape \(5, 32\)"),
+    ("lora", {"r": 5}, r"must have shape \(5, 48\)"),
     ("lora", {"lora_alpha": None}, "lora|alpha"),
     ("lora", {"rank_pattern": {"(": 2}}, "must be as PEFT writes them"),
     ("lora", {"rank_pattern": [3]}, "must be as PEFT writes them"),

@@ -43,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput("SOURCE and TARGET must be two folders")
     there = [file for file in FORMATS.values() if (args.target / file).exists()]
     if there and not args.overwrite:
-        raise BadInput(
-            f"{args.target} has an adapter already ({there[0]}); --overwrite replaces it"
-        )
+        raise BadInput(f"{args.target} has an adapter ({there[0]}); --overwrite replaces it")
     try:
         base = None if args.base is None else _base(args.base, _dtype(args.source))
         report = convert(args.source, args.target, args.to, base, args.rank)

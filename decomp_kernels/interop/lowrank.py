@@ -108,8 +108,10 @@ def why_not_exact(method: Method, adapter: Adapter, base: Base) -> str | None:
     factors = method.lower(adapter, base)
     if factors.weight_map is not None:
         return "it changes the whole weight"
-    if factors.in_scale is not None or factors.out_scale is not None:
-        return "it scales what the base weight takes in or gives out"
+    if factors.in_scale is not None:
+        return "it scales what the base weight takes in"
+    if factors.out_scale is not None:
+        return "it scales what the base weight gives out"
     if factors.activation != "identity":
         return f"it has a {factors.activation} between down and up"
     if factors.bias is not None and type(method) is not LoRA:
@@ -144,6 +146,8 @@ def update_of(method: Method, adapter: Adapter, base: Base) -> Tensor:
     wide = base._replace(weight=weight, bias=bias, dtype=torch.float64)
     method.refresh(exact, wide)
     merged, merged_bias = method.merged(exact, wide)
+    update = merged - weight
+    _check_finite(update, base)
     if (merged_bias is None) != (bias is None) or not (
         bias is None or merged_bias is None or torch.equal(merged_bias, bias)
     ):
@@ -151,8 +155,6 @@ def update_of(method: Method, adapter: Adapter, base: Base) -> Tensor:
             f"{type(method).__name__} on {where} changes the bias, which no update of the weight "
             "does; keep its own format"
         )
-    update = merged - weight
-    _check_finite(update, base)
     return update
 
 

@@ -161,9 +161,9 @@ def _form_of(method: Method, without_bias: bool) -> PeftForm:
     name = type(method).__name__
     if form is None:
         raise ValueError(
-            f"PEFT has no {name}: it cannot be saved in its format; where the update is of low "
-            "rank, as_lora(model) and `decomp-kernels convert --to lora` make a LoRA of it, and "
-            "the format of decomp_kernels has every method"
+            f"PEFT has no {name}: it cannot be saved in its format.  Where the update is of low "
+            "rank, as_lora(model) and `decomp-kernels convert --to lora` make a LoRA of it; "
+            "register_with_peft() gives PEFT the method; the format of decomp_kernels has them all"
         )
     for field in fields(method):
         if field.name == "impl" or field.name in form.options:
