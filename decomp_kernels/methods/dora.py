@@ -120,7 +120,8 @@ class DoRA(LowRank):
             kept = isinstance(base.weight, QuantizedWeight) and not self.norm_grad
         if not kept or torch.compiler.is_compiling():
             return self._norm_now(adapter, base)
-        state = (_optimizer_steps, *map(_identity, (base.weight, adapter.down, adapter.up)))
+        tensors = (base.weight, adapter.down, adapter.up)
+        state = (_optimizer_steps, self.scale, *map(_identity, tensors))
         if adapter.kept_norm is None or adapter.kept_norm[0] != state:
             adapter.kept_norm = (state, self._norm_now(adapter, base))
         return adapter.kept_norm[1]
