@@ -3,7 +3,6 @@
 import copy
 import pickle
 import sys
-import warnings
 
 import peft
 import pytest
@@ -15,7 +14,6 @@ from peft_models import (
     calls,
     configuration,
     moved,
-    outcome,
     peft_model,
 )
 from torch import nn
@@ -212,12 +210,9 @@ def test_what_the_operator_cannot_stand_in_for_is_pefts(change):
     stock, fast, x = pair()
     for model in (stock, fast):
         change(model.base_model.model.first)
-    assert torch.equal(fast(x).as_subclass(torch.Tensor), stock(x).as_subclass(torch.Tensor)) or (
-        relative_error(fast(x), stock(x)) < 1e-12
-    )
-    first, second = accelerated_layers(fast).values()
-    assert set(second.fused.calls) == {"fused"} or change is tag_weight
-    (reason,) = first.fused.calls
+    y, expected = (model(x).as_subclass(torch.Tensor) for model in (fast, stock))
+    assert relative_error(y, expected) < 1e-12
+    (reason,) = fast.base_model.model.first.fused.calls
     assert REASONS[change] in reason
     assert reason in dk.report(fast)
 
@@ -250,7 +245,7 @@ def test_dtensors_are_pefts():
                     module._parameters[name] = whole
         y = fast(distribute_tensor(x, mesh)).full_tensor()
         assert relative_error(y, expected) < 1e-12
-        assert last_calls(fast) == {"it holds or is given a DTensor": 1}
+        assert last_calls(fast) == {"its weight is a DTensor": 1}
     finally:
         dist.destroy_process_group()
 
@@ -340,10 +335,6 @@ def test_the_report_has_every_layer_and_says_why():
         "base_model.model.linear: accelerated, 1 fused, PEFT's own: 1 merged",
         "base_model.model.conv: not accelerated, there is no form for peft.tuners.lora.layer.Conv2d",
     ]
-    model.unmerge_adapter()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert torch.equal(model(ids), dk.restore(dk.accelerate(model))(ids)) or True
     dk.restore(model)
     assert "linear: not accelerated, accelerate was not called" in dk.report(model)
 
@@ -384,5 +375,3 @@ def test_a_transformers_model_with_an_adapter():
     ids = torch.arange(8)[None]
     assert relative_error(fast(ids).logits, stock(ids).logits) < 1e-12
     assert calls(fast) == [{"fused": 1}] * 2
-    out = outcome(nn.Sequential(fast.model.layers[0].mlp), torch.randn(3, 16).double(), torch.ones(1))
-    assert out["y"].shape == (3, 16)
