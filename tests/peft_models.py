@@ -48,6 +48,15 @@ class Model(nn.Module):
         return self.second(self.act(self.first(x)))
 
 
+class OneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(24, 16)
+
+    def forward(self, x):
+        return self.first(x)
+
+
 def configuration(name, targets):
     made = copy.deepcopy(CONFIGS[name])
     made.target_modules = targets

@@ -68,13 +68,15 @@ class Accelerated:
 
     container: the attribute with an entry for each adapter of the layer.  dropout: the one with the
     dropout modules.  keeps_dtype: PEFT's result has x's dtype, whatever autocast made of it.
-    quantized: PEFT reads a quantised base as what it stands for.
+    quantized: PEFT reads a quantised base as what it stands for.  widens: and its result is then
+    float32.
     """
 
     container: str
     dropout: str | None = None
     keeps_dtype = False
     quantized = True
+    widens = False
     fused: Fused
     training: bool
 
@@ -120,14 +122,21 @@ class Accelerated:
         theirs = {name: tensor for name, tensor in found.items() if tensor is not None}
         check_tensors(x, base.weight, list(theirs.values()))
         view = View({name: named[name].ours(tensor) for name, tensor in theirs.items()})
-        return Plan(method, view, base, active[0])
+        plan = Plan(method, view, base, active[0])
+        self.check_precision(plan, x)
+        return plan
 
     def _run(self, plan: Plan, x: Tensor) -> Tensor:
         return plan.method.forward(plan.view, plan.base, x, training=True)
 
     def result_dtype(self, x: Tensor, y: Tensor, quantized: bool) -> torch.dtype:
         """Of PEFT's result, where ``y`` has that of a plain linear."""
+        if quantized and self.widens:
+            return torch.promote_types(x.dtype, torch.float32)
         return x.dtype if self.keeps_dtype or quantized else y.dtype
+
+    def check_precision(self, plan: Plan, x: Tensor) -> None:
+        """Raise PeftForward where PEFT would be the more exact one."""
 
     def live_dropout(self, adapter: str) -> float:
         """p of this forward's dropout: 0 in evaluation."""

@@ -26,13 +26,14 @@ from decomp_kernels.methods.dora import DoRA
 from decomp_kernels.methods.hira import HiRA
 from decomp_kernels.methods.hra import HRA
 from decomp_kernels.methods.ia3 import IA3
-from decomp_kernels.methods.loha import LoHa
+from decomp_kernels.methods.loha import LARGEST_BRANCH, LoHa
 from decomp_kernels.methods.lokr import LoKr
 from decomp_kernels.methods.lora import LoRA
 from decomp_kernels.methods.oft import OFT
 from decomp_kernels.methods.sparse import Sparse
 from decomp_kernels.methods.ssl import SSL
 from decomp_kernels.methods.vera import VeRA
+from decomp_kernels.ops.autocast import autocast_dtype
 
 NORMS = ("weight_sq", "weight_seen", "kept_norm")  # what DoRA keeps on its adapter
 
@@ -107,6 +108,10 @@ class AdaLora(Accelerated):
         return super()._run(plan, x)
 
 
+class AdaLora8bit(AdaLora):
+    widens = True
+
+
 class Ia3(Accelerated):
     container = "ia3_l"
 
@@ -116,8 +121,11 @@ class Ia3(Accelerated):
 
 
 class Ia3Bnb(Ia3):
-    def result_dtype(self, x: Tensor, y: Tensor, quantized: bool) -> torch.dtype:
-        return torch.promote_types(x.dtype, torch.float32)  # PEFT leaves it so
+    widens = True
+
+    def check_precision(self, plan: Plan, x: Tensor) -> None:
+        if plan.base.weight.format == "int8" and x.dtype.itemsize < 4:  # type: ignore[union-attr]
+            raise PeftForward("PEFT computes it in float32")
 
 
 class Oft(Accelerated):
@@ -189,6 +197,10 @@ class Loha(Lycoris):
     container = "hada_w1_a"
     method = LoHa
 
+    def check_precision(self, plan: Plan, x: Tensor) -> None:
+        if plan.method.r**2 > LARGEST_BRANCH:  # type: ignore[attr-defined]
+            check_map(plan.view.up1, x)
+
 
 class Lokr(Lycoris):
     container = "scaling"  # its tensors are of several kinds
@@ -204,6 +216,15 @@ class Hira(Accelerated):
         if self.live_dropout(adapter):
             raise PeftForward("hira_dropout in training")
         return live(HiRA, r=layer.r[adapter])
+
+    def check_precision(self, plan: Plan, x: Tensor) -> None:
+        check_map(plan.view.up, x)
+
+
+def check_map(factor: Tensor, x: Tensor) -> None:
+    """A weight map's gradients go through x^T dy, in x's dtype here and in the factors' in PEFT."""
+    if torch.is_grad_enabled() and factor.dtype != x.dtype and autocast_dtype(x) is None:
+        raise PeftForward(f"gradients of {factor.dtype} through a product in {x.dtype}")
 
 
 class Shira(Accelerated):
@@ -228,7 +249,7 @@ CLASSES: dict[str, tuple[type[Accelerated], str]] = {
     "LoraTorchao": (Lora, "peft.tuners.lora.torchao.TorchaoLoraLinear"),
     "AdaLoraLinear": (AdaLora, "peft.tuners.adalora.layer.SVDLinear"),
     "AdaLoraLinear4bit": (AdaLora, "peft.tuners.adalora.bnb.SVDLinear4bit"),
-    "AdaLoraLinear8bit": (AdaLora, "peft.tuners.adalora.bnb.SVDLinear8bitLt"),
+    "AdaLoraLinear8bit": (AdaLora8bit, "peft.tuners.adalora.bnb.SVDLinear8bitLt"),
     "Ia3Linear": (Ia3, "peft.tuners.ia3.layer.Linear"),
     "Ia3Linear4bit": (Ia3Bnb, "peft.tuners.ia3.bnb.Linear4bit"),
     "Ia3Linear8bit": (Ia3Bnb, "peft.tuners.ia3.bnb.Linear8bitLt"),
