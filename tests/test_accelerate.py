@@ -5,13 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-<<<<<<< HEAD
-from peft_models import CONFIGS, calls, outcome, peft_model, with_our_masks
-=======
 from peft_models import CONFIGS, OneLayer, calls, outcome, peft_model, with_our_masks
 from torch import nn
 from transformers.pytorch_utils import Conv1D
->>>>>>> w_accel
 
 import decomp_kernels as dk
 from decomp_kernels.interop.peft import layers

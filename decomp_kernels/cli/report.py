@@ -161,10 +161,9 @@ def _of_accelerated(rows: list[Compared]) -> list[str]:
         return []
     times = ", ".join(f"{r.label} {_spread(r.over_peft)}" for r in rows if r.over_peft)
     fused, calls = (sum(r.fused[i] for r in rows if r.fused) for i in (0, 1))
-    return [
-        f"accelerate(): PEFT's own model after decomp_kernels.accelerate(model); its time over "
-        f"PEFT's: {times}; {fused:,} of {calls:,} calls of its layers ran on the operator."
-    ]
+    words = "accelerate(): PEFT's own model after decomp_kernels.accelerate(model); its time over"
+    ran = f"{fused:,} of {calls:,} calls of its layers ran on the operator"
+    return [f"{words} PEFT's: {times}; {ran}."]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
