@@ -270,3 +270,26 @@ def test_a_changing_scale_of_layers_that_share_their_input():
         theirs = torch.autograd.grad(call(x, scale).square().sum(), (down, up))
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
     assert counter.frame_count == 2
+
+
+def test_states_that_were_seen_before_are_not_compiled_again():
+    """Another adapter, the base inside ``disable``, merged weights; and back."""
+    model = adapted(two_linears(), dk.LoRA(r=4))
+    adapted(model, dk.SSB(), adapter_name="other")
+    run, counter = compiled(model)
+    x, counts = torch.randn(6, 24), []
+
+    def agree():
+        torch.testing.assert_close(run(x), model(x))
+
+    for _ in range(3):
+        for name in ("default", "other"):
+            dk.set_adapter(model, name)
+            agree()
+        with dk.disable(model):
+            agree()
+        dk.merge(model)
+        agree()
+        dk.unmerge(model)
+        counts.append(counter.frame_count)
+    assert counts[0] >= 3 and counts[1:] == counts[1:2] * 2, counts
