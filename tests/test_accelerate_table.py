@@ -47,11 +47,24 @@ BASES = {
     "Conv2d": lambda dtype: nn.Conv2d(8, 8, 3),
     "MultiheadAttention": lambda dtype: nn.MultiheadAttention(K, 4),
 }
-INPUTS = {"Embedding": lambda: torch.arange(6).view(2, 3), "Conv2d": lambda: torch.randn(2, 8, 5, 5)}
+INPUTS = {
+    "Embedding": lambda: torch.arange(6).view(2, 3),
+    "Conv2d": lambda: torch.randn(2, 8, 5, 5),
+}
 METHODS = {
-    "LoRA": "lora", "DoRA": "dora", "IA3": "ia3", "AdaLoRA": "adalora", "OFT": "oft", "BOFT": "boft",
-    "HRA": "hra", "VeRA": "vera", "LoHa": "loha", "LoKr": "lokr", "HiRA": "hira", "SHiRA": "shira",
-}  # fmt: skip
+    "LoRA": "lora",
+    "DoRA": "dora",
+    "IA3": "ia3",
+    "AdaLoRA": "adalora",
+    "OFT": "oft",
+    "BOFT": "boft",
+    "HRA": "hra",
+    "VeRA": "vera",
+    "LoHa": "loha",
+    "LoKr": "lokr",
+    "HiRA": "hira",
+    "SHiRA": "shira",
+}
 
 
 class Whole(nn.Module):

@@ -40,8 +40,9 @@ class DoRA(LowRank):
 
     dropout_mode: "branch" drops x on the low-rank branch, one base GEMM; "peft" drops it in the
     base product of the magnitude's share too, y = x W^T + (c - 1) x~ W^T + c s x~ A^T B^T + b
-    = c (x W^T + s x~ A^T B^T) + (1 - c) (x - x~) W^T + b, two base GEMMs.  norm_dtype: "float32", or "match" to round the norm to the adapter's dtype as
-    PEFT does, for magnitudes that were trained so.
+    = c (x W^T + s x~ A^T B^T) + (1 - c) (x - x~) W^T + b, two base GEMMs.  norm_dtype: "float32",
+    or "match" to round the norm to the adapter's dtype as PEFT does, for magnitudes that were
+    trained so.
     """
 
     formula = "diag(m / ||V||) V,  V = W + s B A"

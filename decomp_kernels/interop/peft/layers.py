@@ -35,7 +35,6 @@ from decomp_kernels.methods.ssl import SSL
 from decomp_kernels.methods.vera import VeRA
 from decomp_kernels.ops.autocast import autocast_dtype
 
-
 NORMS = ("weight_sq", "weight_seen", "kept_norm")  # what DoRA keeps on its adapter
 
 
@@ -199,7 +198,7 @@ class Loha(Lycoris):
     method = LoHa
 
     def check_precision(self, plan: Plan, x: Tensor) -> None:
-        if plan.method.r ** 2 > LARGEST_BRANCH:  # type: ignore[attr-defined]
+        if plan.method.r**2 > LARGEST_BRANCH:  # type: ignore[attr-defined]
             check_map(plan.view.up1, x)
 
 
