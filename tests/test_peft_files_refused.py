@@ -53,6 +53,8 @@ FIELDS = [
     ("adalora", {"rank_pattern": {"block.up.lora_E": [True]}}, "rank_pattern must have init_r = 4"),
     ("vera", {"r": 7}, "must have shape"),
     ("oft", {"block_share": True}, "must have shape"),
+    ("oft", {"peft_version": "0.17.1"}, "must be of PEFT 0.18 or later"),
+    ("oft", {"peft_version": None}, "must be of PEFT 0.18 or later"),
 ]
 
 
