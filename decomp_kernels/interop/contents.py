@@ -15,18 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from decomp_kernels.interop.description import Description, bias_key, layer_key, module_key
-from decomp_kernels.interop.fingerprint import base_record, unmerged_base
+from decomp_kernels.interop.fingerprint import BaseRecord, base_record, unmerged_base
 from decomp_kernels.interop.tensor_file import check_writable, dtype_name
 from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods.base import Method
 from decomp_kernels.model import trained_biases
 from decomp_kernels.saved_modules import trained_copies
+from decomp_kernels.sharding import reshard, whole
 
 
 def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, dict[str, Tensor]]:
-    """Raises where there is nothing to save, or nothing that could be loaded again."""
+    """Raises where there is nothing to save, or nothing that could be loaded again.
+
+    Tensors in shards are gathered, in one order on all ranks, which must all call this.
+    """
+    reshard(model)
     every = adapted_layers(model)
-    name = _which(every, adapter_name)
+    name = which_adapter(every, adapter_name)
     layers = {path: layer for path, layer in every.items() if name in layer.adapters}
     copies = {path: c.copies[name] for path, c in trained_copies(model).items() if name in c.copies}
     tensors, shared = _layer_tensors({path: layer.adapters[name] for path, layer in layers.items()})
@@ -37,14 +42,14 @@ def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, d
                     f"{path} keeps {tensor_name} in its state, which is no tensor but a "
                     f"{type(tensor).__name__}: it cannot be saved; leave it out of modules_to_save"
                 )
-            tensors[module_key(path, tensor_name)] = tensor
+            tensors[module_key(path, tensor_name)] = whole(tensor)
     biases = _biases(model, every)
     tensors |= {bias_key(bias): tensor for bias, tensor in biases.items()}
     for key, tensor in tensors.items():
         _check(key, tensor)
 
     methods: list[tuple[str, dict[str, Any]]] = []
-    records = {}
+    records: dict[str, tuple[int, BaseRecord | None]] = {}
     for path, layer in layers.items():
         method = layer.adapters[name].method
         spelled = (method.name, saved_options(method))
@@ -53,7 +58,9 @@ def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, d
         trained = f"{path}.bias".lstrip(".") in biases
         records[path] = (methods.index(spelled), base_record(layer, bias_is_trained=trained))
     table = {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
-    modules = {path: type(module).__name__ for path, module in copies.items()}
+    modules: dict[str, str | None] = {
+        path: type(module).__name__ for path, module in copies.items()
+    }
     return Description(name, methods, records, modules, sorted(biases), table, shared, ""), tensors
 
 
@@ -74,7 +81,8 @@ def saved_options(method: Method) -> dict[str, Any]:
     return found
 
 
-def _which(layers: dict[str, Any], adapter_name: str | None) -> str:
+def which_adapter(layers: dict[str, Any], adapter_name: str | None) -> str:
+    """The adapter of this name, or the active one.  Raises ValueError where there is none."""
     known = sorted({name for layer in layers.values() for name in layer.adapters})
     if not known:
         raise ValueError("the model has no adapter to save; call adapt(model, method) first")
@@ -104,8 +112,8 @@ def _layer_tensors(adapters: dict[str, Any]) -> tuple[dict[str, Tensor], dict[st
                 f"the adapter of {path or 'the layer'} was made on the meta device and has no "
                 "values yet; load the base weights, then call decomp_kernels.initialize(model)"
             )
-        for name, tensor in adapter.state_dict(keep_vars=True).items():
-            key = layer_key(path, name)
+        for name, own in adapter.state_dict(keep_vars=True).items():
+            tensor, key = whole(own), layer_key(path, name)
             same = None
             if name in adapter.frozen:
                 same = _first_equal(tensor, frozen.setdefault(name, []), tensors)
@@ -141,7 +149,7 @@ def _biases(model: nn.Module, layers: dict[str, Any]) -> dict[str, Tensor]:
         own = ".adapters." in f".{name}" or name.startswith(apart)
         if last != "bias" or own or not (tensor.requires_grad or name in asked):
             continue
-        base = unmerged_base(layers[path]) if path in layers else (None, tensor)
+        base = unmerged_base(layers[path]) if path in layers else (None, whole(tensor))
         if base is None or base[1] is None:
             raise ValueError(
                 f"{name} is trained, and merging has overwritten it; save before merging, or "

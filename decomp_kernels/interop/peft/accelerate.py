@@ -67,6 +67,14 @@ def peft_lines(model: nn.Module) -> list[str]:
     return lines
 
 
+def fused_calls(model: nn.Module) -> tuple[int, int]:
+    """(eager forwards of accelerated layers on the operator, all of their eager forwards)."""
+    from decomp_kernels.interop.peft.accelerated import FUSED
+
+    counts = [layer.fused.calls for layer in _accelerated_layers(model).values()]
+    return sum(calls[FUSED] for calls in counts), sum(calls.total() for calls in counts)
+
+
 def _calls(layer: Any) -> str:
     from decomp_kernels.interop.peft.accelerated import FUSED
 

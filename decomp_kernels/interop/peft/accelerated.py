@@ -18,6 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from decomp_kernels.methods.base import Base, Method
 from decomp_kernels.ops.autocast import autocast_dtype
 from decomp_kernels.peft_form import ADAPTER, PeftTensor
+from decomp_kernels.quantized import is_torchao, quantized_weight, why_not_quantized
+from decomp_kernels.quantized_weight import QuantizedWeight
 
 FUSED = "fused"
 
@@ -32,7 +34,7 @@ PARTS = (
 )
 
 
-class PeftForward(Exception):  # noqa: N818 - no error: the reason why a forward is PEFT's own
+class PeftForward(Exception):
     """Raised while a forward is planned, caught where it is run."""
 
 
@@ -58,7 +60,7 @@ class Fused:
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()  # eager forwards, by FUSED or why they were PEFT's
-        self.norms: dict[str, tuple[Any, Any]] = {}  # DoRA's ||W||^2 and of which W, by adapter
+        self.norms: dict[str, tuple[Any, ...]] = {}  # what DoRA keeps, by adapter
 
 
 class Accelerated:
@@ -66,11 +68,15 @@ class Accelerated:
 
     container: the attribute with an entry for each adapter of the layer.  dropout: the one with the
     dropout modules.  keeps_dtype: PEFT's result has x's dtype, whatever autocast made of it.
+    quantized: PEFT reads a quantised base as what it stands for.  widens: and its result is then
+    float32.
     """
 
     container: str
     dropout: str | None = None
     keeps_dtype = False
+    quantized = True
+    widens = False
     fused: Fused
     training: bool
 
@@ -84,7 +90,8 @@ class Accelerated:
         if plan is None:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         y = self._run(plan, x)
-        return y.to(x.dtype) if self.keeps_dtype else y
+        quantized = isinstance(plan.base.weight, QuantizedWeight)
+        return y.to(self.result_dtype(x, y, quantized))
 
     def method_of(self, adapter: str) -> Method:
         """Our method with the live options of this adapter; raises PeftForward."""
@@ -106,19 +113,30 @@ class Accelerated:
         if len(active) != 1:
             raise PeftForward("several active adapters" if active else "no active adapter")
         method = self.method_of(active[0])
-        weight, bias = dense_base(layer.base_layer)
+        base = base_of(layer.base_layer, x)
+        if isinstance(base.weight, QuantizedWeight) and not self.quantized:
+            raise PeftForward("its base is quantised")
         assert method.peft_form is not None
         named = method.peft_form.tensors
         found = {name: find(self, tensor, active[0]) for name, tensor in named.items()}
         theirs = {name: tensor for name, tensor in found.items() if tensor is not None}
-        check_tensors(x, weight, list(theirs.values()))
+        check_tensors(x, base.weight, list(theirs.values()))
         view = View({name: named[name].ours(tensor) for name, tensor in theirs.items()})
-        if type(layer.base_layer) is Conv1D:
-            weight = weight.T
-        return Plan(method, view, Base(weight, bias, weight.dtype), active[0])
+        plan = Plan(method, view, base, active[0])
+        self.check_precision(plan, x)
+        return plan
 
     def _run(self, plan: Plan, x: Tensor) -> Tensor:
         return plan.method.forward(plan.view, plan.base, x, training=True)
+
+    def result_dtype(self, x: Tensor, y: Tensor, quantized: bool) -> torch.dtype:
+        """Of PEFT's result, where ``y`` has that of a plain linear."""
+        if quantized and self.widens:
+            return torch.promote_types(x.dtype, torch.float32)
+        return x.dtype if self.keeps_dtype or quantized else y.dtype
+
+    def check_precision(self, plan: Plan, x: Tensor) -> None:
+        """Raise PeftForward where PEFT would be the more exact one."""
 
     def live_dropout(self, adapter: str) -> float:
         """p of this forward's dropout: 0 in evaluation."""
@@ -162,15 +180,36 @@ def find(layer: Any, tensor: PeftTensor, adapter: str) -> Tensor | None:
     return value
 
 
-def dense_base(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias) of a linear that holds a plain weight."""
-    if type(module) not in (nn.Linear, Conv1D):
+def base_of(module: nn.Module, x: Tensor) -> Base:
+    """A linear that holds a plain weight, or a quantised one that we read."""
+    kind = type(module)
+    weight: Any = module.weight
+    bias: Any = module.bias
+    if kind in (nn.Linear, Conv1D) and type(weight) is nn.Parameter:
+        if weight.requires_grad:
+            raise PeftForward("its base weight trains")
+        weight = weight.T if kind is Conv1D else weight
+    elif kind is nn.Linear or kind.__module__.startswith("bitsandbytes."):
+        weight = quantized_base(module, x)
+    else:
         raise PeftForward(f"its base layer is {class_name(module)}")
     check_hooks(module, "its base layer")
-    weight: Any = module.weight
-    if weight.requires_grad:
-        raise PeftForward("its base weight trains")
-    return weight, module.bias  # type: ignore[return-value]
+    return Base(weight, bias, weight.dtype)
+
+
+def quantized_base(module: Any, x: Tensor) -> QuantizedWeight:
+    """The quantised weight, where the library would multiply in x's dtype as we do."""
+    weight = quantized_weight(module)
+    if weight is None:
+        reason = why_not_quantized(module)
+        raise PeftForward(reason or f"its weight is a {type(module.weight).__name__}")
+    if hasattr(module, "compute_dtype"):  # Linear4bit
+        chosen = module.compute_type_is_set or x.dtype == torch.float16
+        if chosen and module.compute_dtype not in (None, x.dtype):
+            raise PeftForward(f"its base computes in {module.compute_dtype}, x is {x.dtype}")
+    elif is_torchao(module.weight) and autocast_dtype(x) is not None:
+        raise PeftForward("autocast with a torchao weight")
+    return weight
 
 
 def check_part(module: nn.Module, name: str) -> None:
@@ -191,8 +230,10 @@ def check_hooks(module: nn.Module, name: str) -> None:
         raise PeftForward(f"{name} has hooks")
 
 
-def check_tensors(x: Tensor, weight: Tensor, others: list[Tensor]) -> None:
-    for tensor in (x, weight, *others):
+def check_tensors(x: Tensor, weight: Tensor | QuantizedWeight, others: list[Tensor]) -> None:
+    quantized = isinstance(weight, QuantizedWeight)
+    base = [weight] if isinstance(weight, Tensor) else weight.tensors()
+    for tensor in (x, *base, *others):
         if type(tensor) not in (Tensor, nn.Parameter):
             raise PeftForward(f"it holds or is given a {type(tensor).__name__}")
         if tensor.device != x.device:
@@ -201,7 +242,8 @@ def check_tensors(x: Tensor, weight: Tensor, others: list[Tensor]) -> None:
         return
     dtypes = {tensor.dtype for tensor in others if tensor.is_floating_point()}
     allowed = (x.dtype, torch.promote_types(x.dtype, torch.float32))
-    if x.dtype != weight.dtype or len(dtypes) != 1 or not dtypes.issubset(allowed):
+    fits = quantized or x.dtype == weight.dtype
+    if not fits or len(dtypes) != 1 or not dtypes.issubset(allowed):
         listed = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise PeftForward(f"x is {x.dtype}, its weight {weight.dtype}, its adapter {listed}")
 

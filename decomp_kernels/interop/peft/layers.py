@@ -26,13 +26,16 @@ from decomp_kernels.methods.dora import DoRA
 from decomp_kernels.methods.hira import HiRA
 from decomp_kernels.methods.hra import HRA
 from decomp_kernels.methods.ia3 import IA3
-from decomp_kernels.methods.loha import LoHa
+from decomp_kernels.methods.loha import LARGEST_BRANCH, LoHa
 from decomp_kernels.methods.lokr import LoKr
 from decomp_kernels.methods.lora import LoRA
 from decomp_kernels.methods.oft import OFT
 from decomp_kernels.methods.sparse import Sparse
 from decomp_kernels.methods.ssl import SSL
 from decomp_kernels.methods.vera import VeRA
+from decomp_kernels.ops.autocast import autocast_dtype
+
+NORMS = ("weight_sq", "weight_seen", "kept_norm")  # what DoRA keeps on its adapter
 
 
 class Lora(Accelerated):
@@ -60,10 +63,11 @@ class Lora(Accelerated):
         if not isinstance(plan.method, DoRA):
             return super()._run(plan, x)
         view, norms = plan.view, self.fused.norms
-        view.weight_sq, view.weight_seen = norms.get(plan.adapter, (None, None))
+        for name, value in zip(NORMS, norms.get(plan.adapter, (None, None, None)), strict=True):
+            setattr(view, name, value)
         y = super()._run(plan, x)
         if not torch.compiler.is_compiling():
-            norms[plan.adapter] = (view.weight_sq, view.weight_seen)
+            norms[plan.adapter] = tuple(getattr(view, name) for name in NORMS)
         return y
 
     # What may change the base weight.
@@ -93,12 +97,19 @@ class AdaLora(Accelerated):
         layer: Any = self
         if layer.lora_A[adapter].shape[0] == 0:
             raise PeftForward("its rank is 0")
-        return live(
-            AdaLoRA,
-            r=layer.r[adapter],
-            alpha=scale_of(layer.scaling[adapter]),
-            dropout=self.live_dropout(adapter),
-        )
+        r = layer.r[adapter]
+        alpha = scale_of(layer.scaling[adapter]) * (r + 1e-5)  # of scale = alpha / (r + 1e-5)
+        return live(AdaLoRA, r=r, alpha=alpha, dropout=self.live_dropout(adapter))
+
+    def _run(self, plan: Plan, x: Tensor) -> Tensor:
+        layer, view = self, plan.view
+        ranknum: Any = layer.ranknum[plan.adapter]  # type: ignore[attr-defined]
+        view.core = view.core / (ranknum + 1e-5)  # a tensor, which PEFT lets train
+        return super()._run(plan, x)
+
+
+class AdaLora8bit(AdaLora):
+    widens = True
 
 
 class Ia3(Accelerated):
@@ -107,6 +118,14 @@ class Ia3(Accelerated):
     def method_of(self, adapter: str) -> Method:
         layer: Any = self
         return live(SSL) if layer.is_feedforward else live(IA3, scale_bias=True)
+
+
+class Ia3Bnb(Ia3):
+    widens = True
+
+    def check_precision(self, plan: Plan, x: Tensor) -> None:
+        if plan.base.weight.format == "int8" and x.dtype.itemsize < 4:  # type: ignore[union-attr]
+            raise PeftForward("PEFT computes it in float32")
 
 
 class Oft(Accelerated):
@@ -144,6 +163,7 @@ class Boft(Accelerated):
 class Hra(Accelerated):
     container = "hra_u"
     keeps_dtype = True
+    quantized = False  # PEFT takes the codes for weights
 
     def method_of(self, adapter: str) -> Method:
         layer: Any = self
@@ -177,6 +197,10 @@ class Loha(Lycoris):
     container = "hada_w1_a"
     method = LoHa
 
+    def check_precision(self, plan: Plan, x: Tensor) -> None:
+        if plan.method.r**2 > LARGEST_BRANCH:  # type: ignore[attr-defined]
+            check_map(plan.view.up1, x)
+
 
 class Lokr(Lycoris):
     container = "scaling"  # its tensors are of several kinds
@@ -193,6 +217,15 @@ class Hira(Accelerated):
             raise PeftForward("hira_dropout in training")
         return live(HiRA, r=layer.r[adapter])
 
+    def check_precision(self, plan: Plan, x: Tensor) -> None:
+        check_map(plan.view.up, x)
+
+
+def check_map(factor: Tensor, x: Tensor) -> None:
+    """A weight map's gradients go through x^T dy, in x's dtype here and in the factors' in PEFT."""
+    if torch.is_grad_enabled() and factor.dtype != x.dtype and autocast_dtype(x) is None:
+        raise PeftForward(f"gradients of {factor.dtype} through a product in {x.dtype}")
+
 
 class Shira(Accelerated):
     container = "shira_weight"
@@ -203,6 +236,11 @@ class Shira(Accelerated):
             raise PeftForward("its scale is not 1")
         return live(Sparse)
 
+    def _run(self, plan: Plan, x: Tensor) -> Tensor:
+        view = plan.view
+        view.rows, view.cols = view.rows.long(), view.cols.long()  # PEFT's are int32
+        return super()._run(plan, x)
+
 
 CLASSES: dict[str, tuple[type[Accelerated], str]] = {
     "LoraLinear": (Lora, "peft.tuners.lora.layer.Linear"),
@@ -211,10 +249,10 @@ CLASSES: dict[str, tuple[type[Accelerated], str]] = {
     "LoraTorchao": (Lora, "peft.tuners.lora.torchao.TorchaoLoraLinear"),
     "AdaLoraLinear": (AdaLora, "peft.tuners.adalora.layer.SVDLinear"),
     "AdaLoraLinear4bit": (AdaLora, "peft.tuners.adalora.bnb.SVDLinear4bit"),
-    "AdaLoraLinear8bit": (AdaLora, "peft.tuners.adalora.bnb.SVDLinear8bitLt"),
+    "AdaLoraLinear8bit": (AdaLora8bit, "peft.tuners.adalora.bnb.SVDLinear8bitLt"),
     "Ia3Linear": (Ia3, "peft.tuners.ia3.layer.Linear"),
-    "Ia3Linear4bit": (Ia3, "peft.tuners.ia3.bnb.Linear4bit"),
-    "Ia3Linear8bit": (Ia3, "peft.tuners.ia3.bnb.Linear8bitLt"),
+    "Ia3Linear4bit": (Ia3Bnb, "peft.tuners.ia3.bnb.Linear4bit"),
+    "Ia3Linear8bit": (Ia3Bnb, "peft.tuners.ia3.bnb.Linear8bitLt"),
     "HiraLinear": (Hira, "peft.tuners.hira.layer.Linear"),
     "HiraLinear4bit": (Hira, "peft.tuners.hira.bnb.Linear4bit"),
     "HiraLinear8bit": (Hira, "peft.tuners.hira.bnb.Linear8bitLt"),
