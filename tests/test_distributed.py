@@ -5,15 +5,12 @@ The processes run tests/distributed_worker.py; what they found is looked at here
 
 import json
 import os
-import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import ranks
 
-HERE = Path(__file__).parent
 LINEARS, TARGETED, STEPS = 28, 12, 3  # of the Llama in distributed_model.py
 
 EVERYDAY = {
@@ -35,27 +32,7 @@ CASES = {world: names.split() for world, names in EVERYDAY.items()}
 
 def launch(world: int, folder: Path, names: list[str]) -> dict[str, list[dict]]:
     """{case: what each rank found}."""
-    worker = str(HERE / "distributed_worker.py")
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join((str(HERE.parent), str(HERE))),
-        "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-    }  # fmt: skip
-    logs = [folder / f"log-{world}-{rank}" for rank in range(world)]
-    processes = []
-    for rank, log in enumerate(logs):
-        command = [sys.executable, worker, str(rank), str(world), str(folder), ",".join(names)]
-        with log.open("w") as file:
-            processes.append(
-                subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-            )
-    try:
-        codes = [process.wait(900) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    texts = [log.read_text() for log in logs]
-    assert codes == [0] * world, "\n".join(text[-2000:] for text in texts)
-    lines = [json.loads(line) for line in re.findall(r"^RESULT (.*)$", texts[0], re.M)]
+    lines = ranks.results("distributed_worker.py", world, folder, ",".join(names))[0]
     return {line["case"]: line["ranks"] for line in lines}
 
 
@@ -84,9 +61,9 @@ def results(tmp_path_factory) -> dict[str, dict]:
     return found
 
 
-def check(case: str, world: int, ranks: list[dict]) -> None:
-    assert len(ranks) == world
-    for rank, found in enumerate(ranks):
+def check(case: str, world: int, found_by: list[dict]) -> None:
+    assert len(found_by) == world
+    for rank, found in enumerate(found_by):
         assert "raised" not in found, found["raised"]
         CHECKS[case.partition("-")[0]](case, world, rank, found)
 
@@ -219,5 +196,5 @@ def test_every_case(tmp_path):
     for world in CASES:
         found = launch(world, tmp_path, ["all"])
         assert len(found) > 50
-        for case, ranks in found.items():
-            check(case, world, ranks)
+        for case, found_by in found.items():
+            check(case, world, found_by)
