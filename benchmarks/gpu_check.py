@@ -1,6 +1,7 @@
 """What only a GPU can show, in stages: make gpu-check.
 
-    kernels    the Triton tests on the device; compute-sanitizer's memcheck and racecheck
+    kernels    the Triton tests on the device, and CUDA graphs; compute-sanitizer's memcheck and
+               racecheck
     extension  the native library: its tests on the device, the sanitizer, its GEMM beside cuBLAS
     tune       tiles and implementations, into tables beside the results
     bench      our implementations, the frozen linear and PEFT, layer by layer
@@ -27,7 +28,11 @@ from gpu_rows import PYTEST, ROOT, SERIAL, Rows, run
 from decomp_kernels import dispatch
 from decomp_kernels.bench import layers, record, tune
 
-TESTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tests").glob("test_triton*.py"))
+TESTS = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("test_triton*.py", "test_cuda_graphs.py")
+    for path in (ROOT / "tests").glob(pattern)
+)
 SANITIZED = "tests/test_triton_kernels.py::test_a_rank_above_every_block"
 MINUTES = {"kernels": 8.0, "extension": 8.0, "tune": 8.0, "bench": 8.0}
 REDUCED_MINUTES = {"kernels": 3.5, "extension": 2.5, "tune": 2.0, "bench": 1.5}

@@ -7,6 +7,10 @@ from decomp_kernels.explanation import explain
 from decomp_kernels.factors import Factors
 from decomp_kernels.interop.description import AdapterFileError
 from decomp_kernels.interop.files import load_adapter, save_adapter
+from decomp_kernels.interop.lowrank import as_lora
+from decomp_kernels.interop.peft.accelerate import accelerate, restore
+from decomp_kernels.interop.peft.register import register_with_peft
+from decomp_kernels.interop.report import report
 from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import METHODS, methods
 from decomp_kernels.model import (
@@ -16,13 +20,16 @@ from decomp_kernels.model import (
     merge,
     print_trainable_parameters,
     remove,
-    report,
     set_adapter,
     unmerge,
 )
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.grouped_linear import decomposed_linears
 from decomp_kernels.optimizer import decay_to_one, param_groups
+from decomp_kernels.options import set_options
+from decomp_kernels.quantization import quantize
+from decomp_kernels.quantized_linear import QuantizedLinear
+from decomp_kernels.quantized_weight import QuantizedWeight
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor, nn
 
-from decomp_kernels.linear import Decomposed
+from decomp_kernels.methods.base import Holder
 from decomp_kernels.ops.gram import gram_penalty
 from decomp_kernels.reference.gram import KINDS
 
@@ -59,9 +59,10 @@ def mpc_loss(
         raise ValueError(f"coef must be finite and at least 0, got {coef}")
     downs, ups = [], []
     for module in model.modules():
-        if not isinstance(module, Decomposed) or module.active_adapter is None:
+        adapter = module.current() if isinstance(module, Holder) else None
+        if adapter is None:
             continue
-        tensors = dict(module.adapters[module.active_adapter].named_parameters(recurse=False))
+        tensors = dict(adapter.named_parameters(recurse=False))
         down, up = tensors.get("down"), tensors.get("up")
         if down is not None and up is not None and down.requires_grad and up.requires_grad:
             downs.append(down)

@@ -1,6 +1,7 @@
 """Which implementation runs.  The only file that asks what machine this is."""
 
 import os
+import sys
 from collections.abc import Callable, Container
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, lru_cache
@@ -17,6 +18,7 @@ TRITON_FORMS = ("triton:passes", "triton:fused")  # an operator with one form ha
 NATIVE_FORMS = ("native:passes", "native:fused")
 IMPLS = ("auto", *EVERYWHERE, *TRITON_FORMS, *NATIVE_FORMS)
 VARIABLE = "DECOMP_KERNELS_IMPL"
+TAKE_QUANTIZED = ("auto", *EVERYWHERE, "native:passes")  # of the decomposed linear
 NOT_NATIVE = ("auto", *EVERYWHERE, *TRITON_FORMS)  # of methods with a weight map
 CANDIDATES = tuple(impl for impl in IMPLS if impl not in ("auto", "reference"))  # of a table
 INTERPRET = "TRITON_INTERPRET"
@@ -249,8 +251,11 @@ def block_elements(device: torch.device, on_cpu: int) -> int:
     """Elements of the blocks in which library calls walk a large tensor.
 
     On a CPU a block stays in cache.  On a GPU it costs a few launches, which it must outlast:
-    2^24 elements, 64 MiB as float32 (by arithmetic, not measured).
+    2^24 elements, 64 MiB as float32 (by arithmetic, not measured).  Without values, on the meta
+    device, one block does for all.
     """
+    if device.type == "meta":
+        return sys.maxsize
     return max(on_cpu, 1 << 24) if device.type == "cuda" else on_cpu
 
 

@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decomp_kernels.methods.base import Adapter, Base, Method
+from decomp_kernels import dispatch
+from decomp_kernels.methods.base import Adapter, Base, Holder, Method
+from decomp_kernels.quantized import is_quantized, is_torchao
+from decomp_kernels.quantized_weight import QuantizedWeight
 
 
-class Decomposed:
+class Decomposed(Holder):
     """What an adapted module adds to its own class; mixed in before nn.Linear or GPT-2's Conv1D."""
 
     weight: nn.Parameter
@@ -26,7 +29,8 @@ class Decomposed:
     active_adapter: str | None
     disabled: int  # how many ``disable`` contexts the layer is in
     merged_adapter: str | None
-    kept_base: tuple[Tensor, Tensor | None] | None
+    requantization_error: float | None = None  # of a merged weight: ||quantised - W'|| / ||W'||
+    kept_base: tuple[Any, Tensor | None] | None  # held_weight and bias from before merging
 
     def forward(self, x: Tensor) -> Tensor:
         name = self.active_adapter
@@ -40,12 +44,18 @@ class Decomposed:
             )
         return adapter(self.base(), x, self.training)
 
+    def current(self) -> Adapter | None:
+        return None if self.active_adapter is None else self.adapters[self.active_adapter]  # type: ignore[return-value]
+
+    @property
+    def merged(self) -> bool:
+        return self.merged_adapter is not None
+
     def base(self, path: str = "", dtype: torch.dtype | None = None) -> Base:
-        """The frozen linear as methods see it: weight [out, in] and bias [out]."""
         weight = self.base_weight()
         return Base(weight, self.bias, weight.dtype if dtype is None else dtype, path)
 
-    def base_weight(self) -> Tensor:
+    def base_weight(self) -> Tensor | QuantizedWeight:
         """The weight as [out, in]."""
         return self.weight
 
@@ -66,6 +76,11 @@ class Decomposed:
         """
         weight = self.base_weight()
         method.check_shape(weight.shape[0], weight.shape[1], path)
+        if isinstance(weight, QuantizedWeight) and method.impl not in dispatch.TAKE_QUANTIZED:
+            raise ValueError(
+                f"impl={method.impl!r} cannot run on the quantised weight of "
+                f"{path or 'this layer'}; impl must be one of {', '.join(dispatch.TAKE_QUANTIZED)}"
+            )
         if dtype is None:
             dtype = torch.promote_types(weight.dtype, torch.float32)
         elif dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32)):
@@ -76,6 +91,8 @@ class Decomposed:
         adapter = Adapter(method)
         with torch.no_grad():
             method.create(adapter, self.base(path, dtype)._replace(shared=shared))
+        if shared:  # how transformers' save_pretrained knows to write them once
+            adapter._tied_weights_keys = dict.fromkeys(shared)
         adapter.frozen = {name for name, p in adapter.named_parameters() if not p.requires_grad}
         adapter.initialized = weight.device.type != "meta"
         return adapter.train(self.training)
@@ -101,10 +118,18 @@ class Decomposed:
             for tensor_name, tensor in adapter.named_parameters():
                 tensor.requires_grad_(other == name and tensor_name not in adapter.frozen)  # type: ignore[operator]
 
-    def check_mergeable(self, path: str = "") -> None:
-        """Raise ValueError where the active adapter is no linear map of x."""
+    def check_mergeable(self, path: str = "", requantize: bool = True) -> None:
+        """Raise ValueError where the active adapter is no linear map of x, and where the weight is
+        quantised and not to be quantised anew.
+        """
         if self.active_adapter is None:
             return
+        if not requantize and isinstance(self.base_weight(), QuantizedWeight):
+            raise ValueError(
+                f"{path or 'this layer'} has a quantised weight, which merging would round anew, "
+                "often by more than the adapter changes it; keep the adapter apart, or pass "
+                "requantize=True and look at the error in report(model)"
+            )
         adapter: Any = self.adapters[self.active_adapter]
         if adapter.method.why_not_mergeable is not None:
             raise ValueError(
@@ -114,17 +139,19 @@ class Decomposed:
         if not adapter.initialized:
             raise RuntimeError("the adapter has no values yet; call decomp_kernels.initialize")
 
-    def merge(self, keep_base: bool = True, path: str = "") -> None:
+    def merge(self, keep_base: bool = True, path: str = "", requantize: bool = False) -> None:
         """Write the active adapter into the weight.  With keep_base, ``unmerge`` is exact.
 
         The merged values are a new Parameter: a weight tied to another module is left alone.
+        requantize: a quantised weight is refused without it, for merging rounds it anew.
         """
         if self.merged_adapter is not None or self.active_adapter is None:
             return
+        self.check_mergeable(path, requantize)
         weight, bias = self.merged_values(path)
-        kept = (_on_host(self.weight), None if self.bias is None else _on_host(self.bias))
+        kept = (self.held_weight(), None if self.bias is None else _on_host(self.bias))
         self.kept_base = kept if keep_base else None
-        self.weight = nn.Parameter(self.stored(weight), requires_grad=self.weight.requires_grad)
+        self.hold_weight(weight)
         if bias is not None:
             trained = self.bias is not None and self.bias.requires_grad
             self.bias = nn.Parameter(bias.clone(), requires_grad=trained)
@@ -144,6 +171,22 @@ class Decomposed:
                 )
         return weight, bias
 
+    def held_weight(self) -> Any:
+        """What ``put_back_weight`` takes, to be exactly as now."""
+        return _on_host(self.weight)
+
+    def hold_weight(self, weight: Tensor) -> None:
+        """Have an [out, in] weight of other values."""
+        self.weight = nn.Parameter(self.stored(weight), requires_grad=self.weight.requires_grad)
+
+    def put_back_weight(self, held: Any) -> None:
+        self.weight = _as_parameter(held, self.weight)
+
+    def as_base_weight(self, held: Any) -> Tensor | QuantizedWeight:
+        """A held weight as [out, in], in the dtype that the model has been converted to since."""
+        # ``stored`` turns [out, in] into the module's layout and, as a transposition, back as well.
+        return self.stored(held.detach().to(self.weight.dtype))
+
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit.  Refused where merge did not keep it."""
         if self.merged_adapter is None:
@@ -154,7 +197,7 @@ class Decomposed:
                 "or load the base model again"
             )
         weight, bias = self.kept_base
-        self.weight = _as_parameter(weight, self.weight)
+        self.put_back_weight(weight)
         if bias is None:
             self.bias = None
         elif self.bias is not None:
@@ -227,8 +270,7 @@ class DecomposedLinear(Decomposed, nn.Linear):  # type: ignore[misc]
         check_method(method)
         check_adapter_name(adapter_name)
         nn.Module.__init__(self)
-        for name, value in vars(linear).items():
-            self.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        _share_state(self, linear)
         put_on(self, DecomposedLinear)
         self.attach(adapter_name, self.make_adapter(method, dtype=dtype))
         self.requires_grad_(False)
@@ -243,6 +285,12 @@ def put_on(module: Any, cls: type[Decomposed]) -> None:
     module.disabled = 0
 
 
+def _share_state(made: nn.Module, module: nn.Module) -> None:
+    """Give ``made`` all that ``module`` has, the same tensors in containers of its own."""
+    for name, value in vars(module).items():
+        made.__dict__[name] = value.copy() if isinstance(value, dict) else value
+
+
 def _stay_in_python(*_: Any) -> None:
     """A forward hook that does nothing but be there."""
 
@@ -250,8 +298,7 @@ def _stay_in_python(*_: Any) -> None:
 def stand_in(module: nn.Module, cls: type[Decomposed]) -> Any:
     """What ``module`` would be as a ``cls``, on the same parameters, without changing it."""
     made: Any = nn.Module()
-    made._parameters = module._parameters
-    made.training = module.training
+    _share_state(made, module)
     put_on(made, cls)
     return made
 
@@ -263,8 +310,12 @@ def adapted_layers(model: nn.Module) -> dict[str, Any]:
 
 def decomposed_class(module: nn.Module) -> type[Decomposed] | None:
     """The class that adapts exactly this module's class, None where there is none."""
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear and not is_torchao(module._parameters.get("weight")):
         return DecomposedLinear
+    if is_quantized(module):
+        from decomp_kernels.quantized_linear import decomposed_quantized_class
+
+        return decomposed_quantized_class(module)
     if f"{type(module).__module__}.{type(module).__name__}" == "transformers.pytorch_utils.Conv1D":
         from decomp_kernels.conv1d import DecomposedConv1D
 
@@ -275,7 +326,8 @@ def decomposed_class(module: nn.Module) -> type[Decomposed] | None:
 def plain_class(module: Decomposed) -> type[nn.Module]:
     """The class that the module had before it was adapted, whatever was mixed in since."""
     mro = type(module).__mro__
-    return mro[mro.index(Decomposed) + 1]
+    after = mro[mro.index(Decomposed) + 1 :]
+    return next(cls for cls in after if issubclass(cls, nn.Module))
 
 
 def check_method(method: object) -> None:

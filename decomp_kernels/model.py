@@ -141,24 +141,26 @@ def trained_biases(model: nn.Module) -> list[str]:
     return getattr(model, TRAINED_BIASES, [])
 
 
-def merge(model: nn.Module, keep_base: bool = True) -> nn.Module:
+def merge(model: nn.Module, keep_base: bool = True, requantize: bool = False) -> nn.Module:
     """Write the active adapters into the weights: float32 arithmetic, one rounding.
 
     keep_base keeps the base weights on the host, so that ``unmerge`` restores them bit for bit.
     A method whose branch is no linear map refuses, and then nothing is changed.  While merged, the
     state dict holds the merged weights and the adapters: load it only into a merged model.
+    requantize: where weights are quantised, merge and quantise them anew, by the library that they
+    are of; ``report`` then has the error, ||quantised - merged|| / ||merged||.  Refused without it.
     """
     check_one_process(model, "merging")
     layers = {
         n: layer for n, layer in adapted_layers(model).items() if layer.merged_adapter is None
     }
     for name, layer in layers.items():
-        layer.check_mergeable(name)
+        layer.check_mergeable(name, requantize)
     without_bias = [name for name, layer in layers.items() if layer.bias is None]
     done: list[Any] = []
     try:
         for name, layer in layers.items():
-            layer.merge(path=name)
+            layer.merge(path=name, requantize=requantize)
             done.append(layer)
     except BaseException:
         for layer in done:
@@ -291,19 +293,24 @@ def print_trainable_parameters(model: nn.Module) -> str:
     return line
 
 
-def report(model: nn.Module) -> str:
-    """What was adapted, with which method, and what was not and why; one line a module."""
+def adapted_lines(model: nn.Module) -> list[str]:
+    """A line for each module: what it was adapted with, or why it was not."""
     lines = []
     for name, layer in adapted_layers(model).items():
         for adapter_name, adapter in layer.adapters.items():
             state = "active" if adapter_name == layer.active_adapter else "inactive"
-            state = "merged" if adapter_name == layer.merged_adapter else state
+            state = _merged_state(layer) if adapter_name == layer.merged_adapter else state
             lines.append(f"{name}: {adapter_name} ({state}) {adapter.method!r}")
     for name, copy in trained_copies(model).items():
         lines.append(f"{name}: trained whole ({', '.join(copy.copies)})")
     for name, reason in getattr(model, SKIPPED, {}).items():
         lines.append(f"{name}: not adapted, {reason}")
-    return "\n".join(lines) or "nothing is adapted"
+    return lines
+
+
+def _merged_state(layer: Decomposed) -> str:
+    error = layer.requantization_error
+    return "merged" if error is None else f"merged, quantised anew with relative error {error:.3g}"
 
 
 def _modules_to_save(model: nn.Module, wanted: list[str] | None) -> list[str]:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from decomp_kernels.methods.base import Adapter
+
 
 def param_groups(
     model: nn.Module,
@@ -32,10 +34,11 @@ def param_groups(
     for name, tensor in model.named_parameters():
         if not tensor.requires_grad:
             continue
-        last = name.rpartition(".")[2]
-        if ".adapters." in f".{name}" and last == "up":
+        path, _, last = name.rpartition(".")
+        ours = isinstance(model.get_submodule(path), Adapter)
+        if ours and last == "up":
             ups.append(tensor)
-        elif ".adapters." in f".{name}" and last in ("in_scale", "out_scale"):
+        elif ours and last in ("in_scale", "out_scale"):
             scales.append(tensor)
         elif tensor.dim() >= 2:
             matrices.append(tensor)

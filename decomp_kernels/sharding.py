@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 
-def is_sharded(tensor: Tensor | None) -> bool:
+def is_sharded(tensor: Any) -> bool:
     """Whether this process has a part of the tensor only, or holds it as one of several."""
     module = sys.modules.get("torch.distributed.tensor")
     if module is not None and isinstance(tensor, module.DTensor):
         return True
     # ZeRO-3 leaves an empty tensor, and puts all values there while a module runs.
-    return tensor is not None and getattr(tensor, "ds_numel", tensor.numel()) != tensor.numel()
+    elements = getattr(tensor, "ds_numel", None)
+    return elements is not None and elements != tensor.numel()
 
 
 def has_shards(model: nn.Module) -> bool:

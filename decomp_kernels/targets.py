@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from decomp_kernels.linear import Decomposed, adapted_layers, decomposed_class
+from decomp_kernels.quantized import is_quantized, why_not_quantized
 from decomp_kernels.saved_modules import TrainedCopy
 
 Names = str | list[str] | tuple[str, ...] | set[str]
@@ -29,7 +30,7 @@ def find_targets(
     if exclude is not None:
         check_names("exclude_modules", exclude)
     every_linear = target == "all-linear"
-    head = _output_head(model) if every_linear else None
+    head = output_head(model) if every_linear else None
     found = Targets({}, {}, {})
     owners: dict[int, str] = {
         id(layer.weight): name for name, layer in adapted_layers(model).items()
@@ -108,10 +109,12 @@ def why_not(
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads this weight itself and never calls the module"
+    if reason := why_not_quantized(module):
+        return reason
     weight: Any = module._parameters.get("weight")
     if weight is None:
         return "its weight is computed by a hook (spectral_norm, weight_norm, prune); remove that"
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() and not is_quantized(module):
         return f"its weight is {weight.dtype}, not floating point"
     owner = owners.get(id(weight), name)
     if owner != name:
@@ -121,7 +124,7 @@ def why_not(
     return None
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
+def output_head(model: nn.Module) -> nn.Module | None:
     """The language-model head, which "all-linear" leaves out, as PEFT does."""
     getter = getattr(model, "get_output_embeddings", None)
     if not callable(getter):

@@ -11,6 +11,7 @@ LAYERS = [
     },
     {
         "factors": "the form that every method lowers to",
+        "quantized_weight": "a weight as codes and scales",
         "peft_form": "how PEFT spells a method",
         "dispatch": "which implementation runs, and why",
         "roofline": "what an implementation computes and moves at the least",
@@ -22,6 +23,9 @@ LAYERS = [
     {
         "linear": "DecomposedLinear",
         "conv1d": "the same for GPT-2's Conv1D",
+        "quantized": "quantised weights of bitsandbytes, torchao and ours",
+        "quantized_linear": "the layer on torchao's and on our own",
+        "bitsandbytes_linear": "the layer on bitsandbytes'",
     },
     {
         "targets": "which modules a method goes on",
@@ -30,22 +34,33 @@ LAYERS = [
     },
     {
         "model": "adapt, merge, remove, ...",
+        "quantization": "quantising a model's linears",
         "constraints": "MPC over a whole model",
         "optimizer": "parameter groups",
+        "options": "options of adapters that are made",
         "explanation": "one layer's choice, with its reason and its roofline",
     },
     {
         "interop": "files; other libraries",
+        "planning": "memory of fine-tuning, counted on shapes",
         "bench": "the measuring engine",
         "testing": "the tolerance policy",
     },
     {"cli": "the decomp-kernels command"},
 ]
 
-# conv1d is a part of linear, in a file of its own because it needs transformers.
+# conv1d and bitsandbytes_linear are parts of linear, in files of their own because they need other
+# libraries, quantized_linear because few models have one.
 PEERS = {
     ("linear", "conv1d"),
     ("conv1d", "linear"),
+    ("linear", "quantized"),
+    ("linear", "quantized_linear"),
+    ("quantized_linear", "quantized"),
+    ("quantized_linear", "linear"),
+    ("quantized_linear", "bitsandbytes_linear"),
+    ("bitsandbytes_linear", "quantized"),
+    ("bitsandbytes_linear", "quantized_linear"),
     ("targets", "saved_modules"),
     ("making", "targets"),
 }

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -169,10 +170,24 @@ def test_the_table_of_compilations_has_every_kernel_on_every_architecture():
     assert all(done == asked for _, _, done, asked in rows)
 
 
-def test_what_explain_prints_is_what_the_document_shows(capsys):
-    text = (ROOT / "docs" / "triton.md").read_text()
-    command, shown = re.search(
-        r"```bash\n(decomp-kernels explain .*?)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL
-    ).groups()
-    assert main(command.split()[1:]) == 0
-    assert capsys.readouterr().out.rstrip() == shown
+SHOWN = [
+    pytest.param(*shown, id=f"{path.name}-{number}")
+    for path in TEXTS
+    for number, shown in enumerate(
+        re.findall(
+            r"```bash\n(decomp-kernels (?:explain|plan) [^`]*?)\n```\n\n```text\n(.*?)\n```",
+            path.read_text("utf-8"),
+            re.DOTALL,
+        )
+    )
+]
+
+
+def test_documents_show_what_commands_print():
+    assert len(SHOWN) >= 3
+
+
+@pytest.mark.parametrize(("command", "text"), SHOWN)
+def test_what_a_command_prints_is_what_the_document_shows(command, text, capsys):
+    assert main(shlex.split(command)[1:]) == 0
+    assert capsys.readouterr().out.rstrip() == text

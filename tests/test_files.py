@@ -13,7 +13,7 @@ from snapshots import Snapshot, same_bits
 from torch import nn
 
 import decomp_kernels as dk
-from decomp_kernels.interop import files
+from decomp_kernels.interop import own_folder
 from decomp_kernels.interop.contents import contents
 from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods.base import METHODS
@@ -477,7 +477,7 @@ class Faults:
         monkeypatch.setattr(os, "replace", replace_)
         monkeypatch.setattr(os, "fsync", fsync)
         monkeypatch.setattr(Path, "unlink", unlink)
-        monkeypatch.setattr(files, "open", opened, raising=False)
+        monkeypatch.setattr(own_folder, "open", opened, raising=False)
 
 
 class File:

@@ -170,8 +170,8 @@ def test_frozen_matmul(dtype):
     assert relative_error(y, W.double() @ U.double()) < bound
     assert relative_error(d_U, W.double().T @ dy.double()) < bound
     assert saved_beyond([W, U], lambda: frozen_matmul(W, U)) == 0
-    torch.library.opcheck(frozen.fwd, (W, U.detach()))
-    torch.library.opcheck(frozen.bwd, (W, dy))
+    torch.library.opcheck(frozen.fwd, (W, None, "dense", U.detach()))
+    torch.library.opcheck(frozen.bwd, (W, None, "dense", dy))
 
 
 def test_frozen_matmul_of_a_trained_weight_and_wrong_shapes():

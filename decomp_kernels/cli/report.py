@@ -12,7 +12,7 @@ import torch
 from decomp_kernels.bench import engine, record
 from decomp_kernels.cli.checkpoint import write_bytes, write_json
 from decomp_kernels.cli.checks import Agreement
-from decomp_kernels.cli.compare import Compared
+from decomp_kernels.cli.compare import ACCELERATED, Compared
 from decomp_kernels.cli.datasets import Data
 from decomp_kernels.cli.loop import History
 from decomp_kernels.cli.options import TrainOptions
@@ -149,9 +149,21 @@ def footnotes(options: TrainOptions, trained: list[Trained], compared: list[Comp
         if alone:
             names = ", ".join(sorted(alone))
             notes.append(f"No peer (nobody has the method, or PEFT is not installed): {names}.")
+        notes += _of_accelerated([row for row in compared if row.kind == ACCELERATED])
     seconds = [f"{r.label} {statistics.median(r.history.seconds):.2f} s" for r in trained]
     notes.append(f"Whole training steps, optimizer included, median: {', '.join(seconds)}.")
     return notes
+
+
+def _of_accelerated(rows: list[Compared]) -> list[str]:
+    """What ``accelerate`` changes for a model of PEFT's, and that it did."""
+    if not rows:
+        return []
+    times = ", ".join(f"{r.label} {_spread(r.over_peft)}" for r in rows if r.over_peft)
+    fused, calls = (sum(r.fused[i] for r in rows if r.fused) for i in (0, 1))
+    words = "accelerate(): PEFT's own model after decomp_kernels.accelerate(model); its time over"
+    ran = f"{fused:,} of {calls:,} calls of its layers ran on the operator"
+    return [f"{words} PEFT's: {times}; {ran}."]
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> list[str]:

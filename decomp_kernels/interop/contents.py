@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from decomp_kernels.interop.description import Description, bias_key, layer_key, module_key
-from decomp_kernels.interop.fingerprint import base_record, unmerged_base
+from decomp_kernels.interop.fingerprint import BaseRecord, base_record, unmerged_base
 from decomp_kernels.interop.tensor_file import check_writable, dtype_name
 from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods.base import Method
@@ -31,7 +31,7 @@ def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, d
     """
     reshard(model)
     every = adapted_layers(model)
-    name = _which(every, adapter_name)
+    name = which_adapter(every, adapter_name)
     layers = {path: layer for path, layer in every.items() if name in layer.adapters}
     copies = {path: c.copies[name] for path, c in trained_copies(model).items() if name in c.copies}
     tensors, shared = _layer_tensors({path: layer.adapters[name] for path, layer in layers.items()})
@@ -49,7 +49,7 @@ def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, d
         _check(key, tensor)
 
     methods: list[tuple[str, dict[str, Any]]] = []
-    records = {}
+    records: dict[str, tuple[int, BaseRecord | None]] = {}
     for path, layer in layers.items():
         method = layer.adapters[name].method
         spelled = (method.name, saved_options(method))
@@ -58,7 +58,9 @@ def contents(model: nn.Module, adapter_name: str | None) -> tuple[Description, d
         trained = f"{path}.bias".lstrip(".") in biases
         records[path] = (methods.index(spelled), base_record(layer, bias_is_trained=trained))
     table = {key: (dtype_name(t.dtype), tuple(t.shape)) for key, t in tensors.items()}
-    modules = {path: type(module).__name__ for path, module in copies.items()}
+    modules: dict[str, str | None] = {
+        path: type(module).__name__ for path, module in copies.items()
+    }
     return Description(name, methods, records, modules, sorted(biases), table, shared, ""), tensors
 
 
@@ -79,7 +81,8 @@ def saved_options(method: Method) -> dict[str, Any]:
     return found
 
 
-def _which(layers: dict[str, Any], adapter_name: str | None) -> str:
+def which_adapter(layers: dict[str, Any], adapter_name: str | None) -> str:
+    """The adapter of this name, or the active one.  Raises ValueError where there is none."""
     known = sorted({name for layer in layers.values() for name in layer.adapters})
     if not known:
         raise ValueError("the model has no adapter to save; call adapt(model, method) first")

@@ -32,12 +32,15 @@ class Description:
     methods, the linear under it)}.  modules: {path: class} of the modules trained whole.  biases:
     names of trained biases of the base.  tensors: {key: (dtype, shape)} of the tensor file.
     shared: {key: key of the tensor that stands for it}.  sha256: of the tensor file.
+
+    An adapter that came from PEFT's files, which say nothing of the base, has None for the linears
+    and for the classes.
     """
 
     adapter_name: str
     methods: list[tuple[str, dict[str, Any]]]
-    layers: dict[str, tuple[int, BaseRecord]]
-    modules: dict[str, str]
+    layers: dict[str, tuple[int, BaseRecord | None]]
+    modules: dict[str, str | None]
     biases: list[str]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     shared: dict[str, str]
@@ -70,7 +73,7 @@ def to_text(description: Description) -> str:
         "adapter_name": description.adapter_name,
         "methods": [{"name": name, "options": opts} for name, opts in description.methods],
         "layers": {
-            name: {"method": index, **base._asdict()}
+            name: {"method": index, **({} if base is None else base._asdict())}
             for name, (index, base) in description.layers.items()
         },
         "modules_to_save": description.modules,
@@ -92,7 +95,7 @@ def _on_one_line(found: re.Match[str]) -> str:
 
 
 def from_text(text: bytes) -> Description:
-    content = _parse(text)
+    content = parse_json(text, "adapter.json")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise AdapterFileError(
             f'adapter.json must say "format": "{FORMAT}", got {_short(content)}; '
@@ -114,6 +117,11 @@ def from_text(text: bytes) -> Description:
     return _typed(content)
 
 
+_BASE_KINDS: dict[str, Any] = {
+    "module": str, "shape": list, "dtype": str, "bias": bool, "values": (str, NoneType)
+}  # fmt: skip
+
+
 def _typed(content: dict[str, Any]) -> Description:
     top = _object(
         content, "adapter.json",
@@ -127,17 +135,12 @@ def _typed(content: dict[str, Any]) -> Description:
     layers = {}
     for name, value in top["layers"].items():
         where = f"layers[{_short(name)}]"
-        one = _object(
-            value, where,
-            method=int, module=str, shape=list, dtype=str, bias=bool, values=(str, NoneType),
-        )  # fmt: skip
+        unknown = set(value) == {"method"} if isinstance(value, dict) else False
+        one = _object(value, where, method=int, **({} if unknown else _BASE_KINDS))
         index = one.pop("method")
         if not 0 <= index < len(methods):
             raise _wrong(f"{where}.method", f"an index below {len(methods)}", index)
-        shape = _sizes(one.pop("shape"), f"{where}.shape")
-        if len(shape) != 2:
-            raise _wrong(f"{where}.shape", "two sizes", list(shape))
-        layers[name] = (index, BaseRecord(shape=(shape[0], shape[1]), **one))
+        layers[name] = (index, None if unknown else _base_record(one, where))
     if not layers:
         raise _wrong("layers", "at least one layer", {})
     tensors = {}
@@ -146,7 +149,7 @@ def _typed(content: dict[str, Any]) -> Description:
         tensors[key] = (one["dtype"], _sizes(one["shape"], f"tensors[{_short(key)}].shape"))
     for what in ("modules_to_save", "shared"):
         for key, value in top[what].items():
-            if type(value) is not str:
+            if type(value) is not str and not (what == "modules_to_save" and value is None):
                 raise _wrong(f"{what}[{_short(key)}]", "text", value)
     for value in top["biases"]:
         if type(value) is not str:
@@ -159,14 +162,22 @@ def _typed(content: dict[str, Any]) -> Description:
     )  # fmt: skip
 
 
-def _parse(text: bytes) -> Any:
+def _base_record(one: dict[str, Any], where: str) -> BaseRecord:
+    shape = _sizes(one.pop("shape"), f"{where}.shape")
+    if len(shape) != 2:
+        raise _wrong(f"{where}.shape", "two sizes", list(shape))
+    return BaseRecord(shape=(shape[0], shape[1]), **one)
+
+
+def parse_json(text: bytes, file: str) -> Any:
+    """Strict JSON in UTF-8: no name twice in one object, no NaN.  Raises AdapterFileError."""
     try:
         return json.loads(
             text.decode(), object_pairs_hook=_no_pair_twice, parse_constant=_no_constant
         )
     except (ValueError, RecursionError) as error:  # a RecursionError: lists in lists in lists
         raise AdapterFileError(
-            f"adapter.json must be JSON in UTF-8, and it is not ({str(error)[:200]}); "
+            f"{file} must be JSON in UTF-8, and it is not ({str(error)[:200]}); "
             "it is damaged: copy it again, or save the adapter again"
         ) from None
 

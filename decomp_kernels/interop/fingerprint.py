@@ -6,7 +6,8 @@ The step is a prime, so the j_i are distinct and go through all rows and columns
 at most 65536 elements all are taken, of a larger one 65536: milliseconds for a model of any size,
 and a base of which one element in a thousand differs is told apart with certainty for practical
 purposes (1 - 0.999^65536).  The bits do not depend on device or memory layout; they do on the
-dtype, for bf16 weights are other numbers than the fp32 weights they were rounded from.
+dtype, for bf16 weights are other numbers than the fp32 weights they were rounded from.  Of a
+quantised weight the codes and the scales are taken.
 """
 
 import ctypes
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from decomp_kernels.linear import Decomposed, plain_class
-from decomp_kernels.sharding import whole
+from decomp_kernels.quantized_weight import QuantizedWeight
+from decomp_kernels.sharding import is_sharded, whole
 
 _SAMPLE = 65536
 _STEP = 2654435761
@@ -39,29 +41,37 @@ def base_record(layer: Decomposed, *, bias_is_trained: bool) -> BaseRecord:
     weight = layer.base_weight() if known is None else known[0]
     values = None
     if known is not None:
-        hashed = [known[0]]
+        own = known[0]
+        hashed = list(own.tensors()) if isinstance(own, QuantizedWeight) else [own]
         if known[1] is not None and not bias_is_trained:
             hashed.append(known[1])
         values = _hash(hashed)
     return BaseRecord(
         plain_class(layer).__name__,
         (weight.shape[0], weight.shape[1]),
-        str(weight.dtype).removeprefix("torch."),
+        dtype_name(weight),
         layer.bias is not None if known is None else known[1] is not None,
         values,
     )
 
 
-def unmerged_base(layer: Decomposed) -> tuple[Tensor, Tensor | None] | None:
+def dtype_name(weight: Tensor | QuantizedWeight) -> str:
+    """Such as bfloat16, or nf4 of bfloat16."""
+    name = str(weight.dtype).removeprefix("torch.")
+    return name if isinstance(weight, Tensor) else f"{weight.format} of {name}"
+
+
+def unmerged_base(layer: Decomposed) -> tuple[Tensor | QuantizedWeight, Tensor | None] | None:
     """(weight [out, in], bias) without any adapter, whole; None where they were not kept."""
-    # ``stored`` turns [out, in] into the module's layout and, as a transposition, back as well.
     if layer.merged_adapter is None:
-        return layer.stored(whole(layer.weight)), None if layer.bias is None else whole(layer.bias)
+        sharded = is_sharded(layer.weight)
+        weight = layer.as_base_weight(whole(layer.weight)) if sharded else layer.base_weight()
+        return weight, None if layer.bias is None else whole(layer.bias)
     if layer.kept_base is None:
         return None
-    weight, bias = layer.kept_base
-    dtype = layer.weight.dtype  # the model may have been converted since
-    return layer.stored(weight.detach().to(dtype)), None if bias is None else bias.to(dtype)
+    held, bias = layer.kept_base
+    weight = layer.as_base_weight(held)
+    return weight, None if bias is None else bias.to(weight.dtype)
 
 
 def difference(saved: BaseRecord, found: BaseRecord) -> str | None:

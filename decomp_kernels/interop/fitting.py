@@ -20,7 +20,13 @@ from decomp_kernels.interop.description import (
 )
 from decomp_kernels.interop.fingerprint import base_record, difference
 from decomp_kernels.interop.tensor_file import FLOATING, dtype_name
-from decomp_kernels.linear import Decomposed, adapted_layers, decomposed_class, stand_in
+from decomp_kernels.linear import (
+    Decomposed,
+    DecomposedLinear,
+    adapted_layers,
+    decomposed_class,
+    stand_in,
+)
 from decomp_kernels.making import make_shared
 from decomp_kernels.methods.base import METHODS, Adapter, Method
 from decomp_kernels.saved_modules import TrainedCopy, copy_of, trained_copies
@@ -53,7 +59,7 @@ class Fitted:
 
 def fit(model: nn.Module, description: Description, allow_other_base: bool) -> Fitted:
     """Raises AdapterFileError where the description is wrong or is of another model."""
-    methods = [_method(name, options) for name, options in description.methods]
+    methods = [made_method(name, options) for name, options in description.methods]
     copies = _copies(model, description)
     layers = _layers(model, description)
     biases = _biases(model, description)
@@ -64,11 +70,13 @@ def fit(model: nn.Module, description: Description, allow_other_base: bool) -> F
         for name, tensor in module.state_dict().items():
             places[module_key(path, name)] = _place(tensor)
     places |= {bias_key(name): _place(tensor) for name, tensor in biases.items()}
-    _check_tensors(places, description, allow_other_base)
+    unknown = any(base is None for _, base in description.layers.values())
+    _check_tensors(places, description, allow_other_base or unknown)
     return Fitted(layers, blanks, copies, biases, places)
 
 
-def _method(name: str, options: dict[str, Any]) -> Method:
+def made_method(name: str, options: dict[str, Any]) -> Method:
+    """The method that a file describes.  Raises AdapterFileError where there is no such."""
     if name not in METHODS:
         raise AdapterFileError(
             f"the file's method must be one of {', '.join(sorted(METHODS))}, got {name!r}; "
@@ -105,7 +113,7 @@ def _layers(model: nn.Module, description: Description) -> dict[str, Any]:
             )
         layer = module if isinstance(module, Decomposed) else stand_in(module, cls)
         weight = layer.base_weight()
-        if tuple(weight.shape) != base.shape:
+        if base is not None and tuple(weight.shape) != base.shape:
             raise AdapterFileError(
                 f"the weight of {path or 'the model'} must have shape {base.shape}, "
                 f"(out_features, in_features), for the file's adapter, got {tuple(weight.shape)}; "
@@ -126,6 +134,8 @@ def _check_base(layers: dict[str, Any], description: Description, allowed: bool)
         return
     different = {}
     for path, (_, saved) in description.layers.items():
+        if saved is None:
+            continue
         trained = f"{path}.bias".lstrip(".") in description.biases
         what = difference(saved, base_record(layers[path], bias_is_trained=trained))
         if what is not None:
@@ -177,13 +187,14 @@ def _layer_of(key: str, layers: dict[str, Any]) -> str:
 
 
 def _empty(layer: Any) -> Any:
-    """A stand-in whose weight and bias have no values."""
+    """A stand-in whose weight [out, in] and bias have no values."""
     on_meta = nn.Module().train(layer.training)
-    for name in ("weight", "bias"):
-        tensor = getattr(layer, name)
-        value = None if tensor is None else nn.Parameter(tensor.detach().to("meta"))
+    for name, tensor in (("weight", layer.base_weight()), ("bias", layer.bias)):
+        value = None
+        if tensor is not None:
+            value = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
         on_meta.register_parameter(name, value)
-    return stand_in(on_meta, type(layer))
+    return stand_in(on_meta, DecomposedLinear)
 
 
 def _layer_places(
@@ -203,6 +214,8 @@ def _layer_places(
                     "are one; it is damaged: save the adapter again"
                 )
             dtypes = (weight.dtype, wide) if tensor.is_floating_point() else (tensor.dtype,)
+            if description.layers[path][1] is None:
+                dtypes = (tensor.dtype,)  # as PEFT loads its files: float32 on a 16-bit base
             place = Place(tuple(tensor.shape), dtypes, weight.device, tensor.dtype)
             if places.setdefault(key, place).device != place.device:
                 raise AdapterFileError(
@@ -236,7 +249,7 @@ def _copies(model: nn.Module, description: Description) -> dict[str, nn.Module]:
                 f"the file has a trained copy of {path!r}, which is adapted or holds adapted "
                 "layers; call remove(model) first"
             )
-        if type(original).__name__ != kind:
+        if kind is not None and type(original).__name__ != kind:
             raise AdapterFileError(
                 f"{path!r} must be a {kind} for the file's trained copy, got a "
                 f"{type(original).__name__}; load it into a model like the one it was saved from"

@@ -9,6 +9,7 @@ Read from bytes in memory, never mapped: the file may be replaced while its tens
 import json
 from collections.abc import Iterator
 from math import prod
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, deserialize
@@ -40,10 +41,11 @@ def check_writable(key: str, tensor: Tensor) -> None:
         )
 
 
-def encode(tensors: dict[str, Tensor]) -> Iterator[bytes]:
+def encode(tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Iterator[bytes]:
     """The file, in pieces.  Wide elements come first, so that each is aligned to its own size."""
     order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    header, offset = {}, 0
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": metadata}
+    offset = 0
     for key in order:
         tensor = tensors[key]
         end = offset + tensor.numel() * tensor.element_size()

@@ -69,7 +69,7 @@ class ShardedAdapter(Adapter):
         adds_bias = by_columns or mesh.get_local_rank() == 0
         here: Any = _Here(self, adds_bias)
         bias = None if base.bias is None else _bias(_local(base.bias), adds_bias)
-        base = base._replace(weight=_local(base.weight), bias=bias)
+        base = base._replace(weight=_local(weight), bias=bias)
         y = self.method.forward(here, base, _local(x), training).contiguous()
         if not by_columns:
             return DTensor.from_local(y, mesh, [Partial()], run_check=False)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from decomp_kernels.kernels import columns, gemm, mask
 from decomp_kernels.reference.decomposed_linear import activate, activation_derivative
@@ -28,12 +27,7 @@ def base(
     bias is for y, beside out_scale alone.
     """
     X = x if in_scale is None else columns.scale_columns(x, in_scale)
-    if start is None:
-        z = F.linear(X, weight)
-    elif start.dim() == 1:
-        z = F.linear(X, weight, start)
-    else:
-        z = gemm.accumulate(start, X, weight.T)
+    z = gemm.by_weight_t(X, weight, start)
     y = z if out_scale is None else columns.scale_columns(z, out_scale, bias)
     return y, z
 

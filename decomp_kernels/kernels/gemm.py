@@ -9,9 +9,11 @@ convert the large operand as a whole: they walk it in row blocks that stay in ca
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from decomp_kernels import dispatch
 
@@ -23,6 +25,41 @@ OUTER_ELEMENTS = 1 << 20  # of dW: enough rows that its GEMM runs at the speed o
 def accumulate(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """out [M, N] += a [M, K] @ b [K, N], in place.  ``out`` must be the caller's own buffer."""
     return out.addmm_(a, b)
+
+
+def by_weight_t(x: Tensor, weight: Any, start: Tensor | None) -> Tensor:
+    """start + x [M, K] @ weight^T, [M, N].  start: [N], or the caller's own [M, N].
+
+    weight [N, K] is a tensor, or gives its tiles in the dtype asked for (ops/tiled_weight.py).
+    """
+    if isinstance(weight, Tensor):
+        if start is None or start.dim() == 1:
+            return F.linear(x, weight, start)
+        return accumulate(start, x, weight.T)
+    if start is not None and start.dim() == 2:
+        for rows, tile in weight.row_tiles(x.dtype):
+            accumulate(start[:, rows], x, tile.T)
+        return start
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    for rows, tile in weight.row_tiles(x.dtype):
+        if start is None:
+            torch.mm(x, tile.T, out=out[:, rows])
+        else:
+            torch.addmm(start[rows], x, tile.T, out=out[:, rows])
+    return out
+
+
+def by_weight(g: Tensor, weight: Any, start: Tensor | None) -> Tensor:
+    """start + g [M, N] @ weight, [M, K].  start: the caller's own [M, K].  weight: as above."""
+    if isinstance(weight, Tensor):
+        return g @ weight if start is None else accumulate(start, g, weight)
+    out = g.new_empty(g.shape[0], weight.shape[1]) if start is None else start
+    for cols, tile in weight.column_tiles(g.dtype):
+        if start is None:
+            torch.mm(g, tile, out=out[:, cols])
+        else:
+            accumulate(out[:, cols], g, tile)
+    return out
 
 
 def row_blocks(

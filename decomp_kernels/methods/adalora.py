@@ -59,6 +59,8 @@ class AdaLoRA(LowRank):
                 )
             },
         },
+        bias_only="lora_only",
+        conv1d=True,
     )  # fmt: skip
     aliases = {"init_r": "r"}
 

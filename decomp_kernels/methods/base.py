@@ -29,7 +29,9 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import ACTIVATIONS, Factors
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.merged_weight import merged_weight
+from decomp_kernels.ops.tiled_weight import dense
 from decomp_kernels.peft_form import PeftForm
+from decomp_kernels.quantized_weight import QuantizedWeight
 from decomp_kernels.sharding import is_sharded
 
 METHODS: dict[str, type["Method"]] = {}
@@ -41,7 +43,7 @@ ALIASES = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 class Base(NamedTuple):
     """The frozen linear that a method adapts: y = x weight^T + bias."""
 
-    weight: Tensor  # [N, K]
+    weight: Tensor | QuantizedWeight  # [N, K]
     bias: Tensor | None  # [N]
     dtype: torch.dtype  # of the adapter's matrices; its scales are float32 or wider
     name: str = ""  # the module's path in the model, for messages
@@ -80,9 +82,13 @@ class Base(NamedTuple):
         nn.init.normal_(made, std=std)
         return made
 
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight [N, K] in ``dtype``; a quantised one is dequantised whole."""
+        return dense(self.weight, dtype)
+
     def finite_weight(self) -> Tensor:
         """The weight without a gradient, float32 or wider; raises where it cannot be decomposed."""
-        weight = self.weight.detach().to(self.scale_dtype)
+        weight = self.dense(self.scale_dtype).detach()
         if weight.device.type != "meta" and not torch.isfinite(weight).all():
             raise ValueError(
                 f"the weight of {self.name or 'this layer'} must be finite for a singular value "
@@ -131,6 +137,26 @@ class Adapter(nn.Module):
         def __getattr__(self, name: str) -> Any: ...
 
         def __setattr__(self, name: str, value: Any) -> None: ...
+
+
+class Holder:
+    """A module that holds adapters of one linear, one of them at work: ours, and PEFT's of ours."""
+
+    def current(self) -> Adapter | None:
+        """The adapter that is active, None where there is none."""
+        raise NotImplementedError
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight holds an adapter at present."""
+        raise NotImplementedError
+
+    def base(self, path: str = "", dtype: torch.dtype | None = None) -> Base:
+        """The frozen linear as methods see it: weight [out, in] and bias [out].
+
+        dtype: of the matrices of an adapter that is made for it; None is the weight's own.
+        """
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,7 +259,14 @@ class Method:
         dropout = getattr(self, "dropout", 0.0) if training else 0.0
         return self.apply(self.lower(adapter, base), base, x, dropout)
 
-    def apply(self, factors: Factors, base: Base, x: Tensor, dropout: float = 0.0) -> Tensor:
+    def apply(
+        self,
+        factors: Factors,
+        base: Base,
+        x: Tensor,
+        dropout: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
         """The operator on these factors."""
         return decomposed_linear(
             x,
@@ -248,6 +281,7 @@ class Method:
             addend=factors.addend,
             activation=factors.activation,
             dropout=dropout,
+            seed=seed,
             weight_map=factors.weight_map,
             save_output=factors.save_output,
             impl=self.impl,
@@ -259,7 +293,7 @@ class Method:
         float32 arithmetic (float64 for float64), one rounding to the base's dtype.
         """
         factors = self.lower(adapter, base)
-        weight = base.weight if factors.weight is None else factors.weight
+        weight: Tensor = base.dense(base.weight.dtype) if factors.weight is None else factors.weight
         if factors.weight_map is not None:
             definition = import_module(f"decomp_kernels.reference.{factors.weight_map.op}")
             weight = definition.build(factors.weight_map, weight.to(base.scale_dtype))

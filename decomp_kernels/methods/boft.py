@@ -44,6 +44,7 @@ class BOFT(Method):
             "n_butterfly_factor": "boft_n_butterfly_factor",
         },
         fixed={"boft_dropout": 0.0},
+        bias_only="boft_only",
         note="n_butterfly_factor above 1 needs its CUDA extension",
     )
     impls = dispatch.NOT_NATIVE

@@ -112,7 +112,7 @@ def _prunes(module: nn.Module) -> TypeGuard[Adapter]:
 
 
 def _factors(adapter: Adapter, base: Base, z: Tensor) -> Factors:
-    changed = base.weight.to(z.dtype) + z * adapter.delta
+    changed = base.dense(z.dtype) + z * adapter.delta
     return Factors(weight=changed.to(base.weight.dtype))
 
 

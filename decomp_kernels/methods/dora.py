@@ -17,9 +17,10 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, LowRank, method
 from decomp_kernels.methods.lora import LORA_OPTIONS, LORA_TENSORS
-from decomp_kernels.ops.dropout import counter_dropout
+from decomp_kernels.ops.dropout import counter_dropout, draw_seed
 from decomp_kernels.ops.row_norm import row_norm, squared_rows
 from decomp_kernels.peft_form import PeftForm, PeftTensor
+from decomp_kernels.quantized_weight import QuantizedWeight
 from decomp_kernels.sharding import is_sharded
 
 _optimizer_steps = 0
@@ -35,12 +36,15 @@ register_optimizer_step_post_hook(_count_step)
 
 @method("dora")
 class DoRA(LowRank):
-    """norm_grad: let the norm have a gradient.  cache_norm: keep it until the next optimizer step.
+    """norm_grad: let the norm have a gradient.  cache_norm: keep it until the next optimizer step;
+    None: where the base is quantised, for there each norm dequantises it.
 
     dropout_mode: "branch" drops x on the low-rank branch, one base GEMM; "peft" drops it in the
-    base product of the magnitude's share too, y = x W^T + (c - 1) x~ W^T + c s x~ A^T B^T + b,
-    two base GEMMs.  norm_dtype: "float32", or "match" to round the norm to the adapter's dtype as
-    PEFT does, for magnitudes that were trained so.
+    base product of the magnitude's share too, y = x W^T + (c - 1) x~ W^T + c s x~ A^T B^T + b
+    = c (x W^T + s x~ A^T B^T) + (1 - c) (x - x~) W^T + b, two base GEMMs.
+
+    norm_dtype: "float32", or "match" to round the norm to the adapter's dtype as PEFT does, for
+    magnitudes that were trained so.
     """
 
     formula = "diag(m / ||V||) V,  V = W + s B A"
@@ -49,14 +53,27 @@ class DoRA(LowRank):
     peft_form = PeftForm(
         "LoraConfig",
         "LORA",
-        tensors=LORA_TENSORS | {"magnitude": PeftTensor("lora_magnitude_vector.*.weight")},
+        tensors=LORA_TENSORS
+        | {
+            "magnitude": PeftTensor(
+                "lora_magnitude_vector.*.weight", in_file="lora_magnitude_vector"
+            )
+        },
         options=LORA_OPTIONS,
         fixed={"use_dora": True, "lora_bias": False},
-        ours={"dropout_mode": "peft", "norm_dtype": "match"},
+        ours={
+            "dropout_mode": "peft",
+            "norm_dtype": "match",
+            "norm_grad": False,
+            "cache_norm": False,
+        },
+        per_layer=("r", "alpha"),
+        bias_only="lora_only",
+        conv1d=True,
     )
 
     norm_grad: bool = False
-    cache_norm: bool = False
+    cache_norm: bool | None = None
     dropout_mode: str = "branch"
     norm_dtype: str = "float32"
 
@@ -84,7 +101,8 @@ class DoRA(LowRank):
         # On the CPU or on meta a named Triton form cannot run yet.  With B = 0 the norm is that of
         # W, the same bits by every implementation, so the start stays exact.
         impl = dispatch.named(self.impl)
-        able = impl == "auto" or dispatch.why_not(base.weight, impl) is None
+        able = impl == "auto" or isinstance(base.weight, QuantizedWeight)
+        able = able or dispatch.why_not(base.weight, impl) is None  # type: ignore[arg-type]
         made = self if able else replace(self, impl="aten")
         adapter.magnitude = nn.Parameter(made._norm_now(adapter, base).detach().clone())
 
@@ -100,18 +118,28 @@ class DoRA(LowRank):
     def forward(self, adapter: Adapter, base: Base, x: Tensor, training: bool) -> Tensor:
         if not (training and self.dropout > 0.0 and self.dropout_mode == "peft"):
             return super().forward(adapter, base, x, training)
-        dropped = counter_dropout(x, self.dropout)
+        seed = draw_seed(x)
         factors = self.lower(adapter, base)
-        scaled = self.apply(factors, base._replace(bias=None), dropped)
-        return self.apply(Factors(addend=scaled), base, x - dropped)
+        assert factors.out_scale is not None
+        dropped = self.apply(factors, base, x, self.dropout, seed)
+        # x - x~ is rounded in x's dtype, and weighs little while c is near 1.
+        rest = Factors(out_scale=1 - factors.out_scale)
+        missing = x - counter_dropout(x, self.dropout, seed)
+        return dropped + self.apply(rest, base._replace(bias=None), missing)
 
     def norm(self, adapter: Adapter, base: Base) -> Tensor:
         """||V_j||, [N], float32 or wider, with a gradient only where norm_grad asks for it."""
         if not torch.compiler.is_compiling() and adapter.weight_seen != _identity(base.weight):
             self.refresh(adapter, base)
-        if not self.cache_norm or torch.compiler.is_compiling():
+        kept = self.cache_norm
+        if kept is None:
+            kept = isinstance(base.weight, QuantizedWeight) and not self.norm_grad
+        # What is traced or recorded once runs many times: there the norm is a part of it.
+        recorded = torch.compiler.is_compiling() or dispatch.recording(base.weight.device)
+        if not kept or recorded:
             return self._norm_now(adapter, base)
-        state = (_optimizer_steps, *map(_identity, (base.weight, adapter.down, adapter.up)))
+        tensors = (base.weight, adapter.down, adapter.up)
+        state = (_optimizer_steps, self.scale, *map(_identity, tensors))
         if adapter.kept_norm is None or adapter.kept_norm[0] != state:
             adapter.kept_norm = (state, self._norm_now(adapter, base))
         return adapter.kept_norm[1]
@@ -124,21 +152,24 @@ class DoRA(LowRank):
         adapter.kept_norm = None
 
     def _norm_now(self, adapter: Adapter, base: Base) -> Tensor:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.norm_grad):
-            norm = row_norm(
-                base.weight, adapter.down, adapter.up, self.scale,
-                weight_sq=adapter.weight_sq, impl=self.impl,
-            )  # fmt: skip
+        down, up = adapter.down, adapter.up
+        if not self.norm_grad:
+            down, up = down.detach(), up.detach()
+        norm = row_norm(
+            base.weight, down, up, self.scale, weight_sq=adapter.weight_sq, impl=self.impl
+        )
         if self.norm_dtype == "match":
             norm = norm.to(adapter.down.dtype).to(norm.dtype)
         return norm
 
 
-def _identity(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+def _identity(tensor: Tensor | QuantizedWeight) -> tuple[int, int, torch.dtype]:
     """Changes with the values, by in-place work or by new storage.
 
     Not with in-place work on ``tensor.data``, which torch does not count: after that, say so with
     ``layer.load_state_dict(layer.state_dict())``.
     """
+    if isinstance(tensor, QuantizedWeight):
+        tensor = tensor.codes  # scales do not change without them
     version = 0 if tensor.is_inference() else tensor._version  # torch counts none of those
     return tensor.data_ptr(), version, tensor.dtype

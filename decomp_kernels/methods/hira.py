@@ -25,6 +25,7 @@ class HiRA(Method):
         tensors={"down": PeftTensor("hira_A.*"), "up": PeftTensor("hira_B.*")},
         options={"r": "r"},
         fixed={"hira_dropout": 0.0},
+        conv1d=True,
     )
     impls = dispatch.NOT_NATIVE
 

@@ -34,6 +34,7 @@ class HRA(Method):
         "HRA",
         tensors={"down": PeftTensor("hra_u.*", "transposed")},
         options={"r": "r", "apply_GS": "apply_GS"},
+        bias_only="hra_only",
     )
 
     r: int = 8

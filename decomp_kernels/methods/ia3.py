@@ -21,6 +21,8 @@ class IA3(Method):
         "IA3",
         tensors={"out_scale": PeftTensor("ia3_l.*", "column")},
         ours={"scale_bias": True},
+        bias_needs_ours=True,
+        conv1d=True,
         note="with scale_bias=True",
     )
 

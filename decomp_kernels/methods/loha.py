@@ -38,6 +38,7 @@ class LoHa(Method):
         },
         options={"r": "r", "alpha": "alpha"},
         fixed={"rank_dropout": 0.0, "module_dropout": 0.0},
+        per_layer=("r", "alpha"),
     )
     impls = dispatch.NOT_NATIVE
 

@@ -49,6 +49,7 @@ class LoKr(Method):
             "decompose_factor": "decompose_factor",
         },
         fixed={"rank_dropout": 0.0, "module_dropout": 0.0},
+        per_layer=("r", "alpha"),
     )
     impls = ("auto", *dispatch.EVERYWHERE)
 
@@ -87,7 +88,7 @@ class LoKr(Method):
 
     def merged(self, adapter: Adapter, base: Base) -> tuple[Tensor, Tensor | None]:
         left, right = (factor.to(base.scale_dtype) for factor in self.pair(adapter))
-        weight = base.weight.to(base.scale_dtype) + torch.kron(left, right)
+        weight = base.dense(base.scale_dtype) + torch.kron(left, right)
         return weight.to(base.weight.dtype), base.bias
 
     def pair(self, adapter: Adapter) -> tuple[Tensor, Tensor]:

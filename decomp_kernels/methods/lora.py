@@ -32,6 +32,9 @@ class LoRA(LowRank):
         tensors=LORA_TENSORS | {"up_bias": PeftTensor("lora_B.*.bias")},
         options=LORA_OPTIONS | {"lora_bias": "lora_bias"},
         fixed={"use_dora": False},
+        per_layer=("r", "alpha"),
+        bias_only="lora_only",
+        conv1d=True,
     )
 
     lora_bias: bool = False

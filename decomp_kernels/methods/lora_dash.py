@@ -13,13 +13,11 @@ has no gradient), nothing counts forward calls, and a saved adapter comes back w
             lora_dash.select_directions(model)       # needs no new optimizer: d was there all along
 """
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from decomp_kernels.factors import Factors
-from decomp_kernels.methods.base import Adapter, Base, LowRank, method
+from decomp_kernels.methods.base import Adapter, Base, Holder, LowRank, method
 
 
 @method("lora_dash")
@@ -60,7 +58,7 @@ class LoRADash(LowRank):
         return Factors(
             down=torch.cat((adapter.down, adapter.direction_down)),
             up=torch.cat((adapter.up, adapter.direction_up), 1),
-            core=torch.cat((adapter.core.new_full((self.r,), self.scale), adapter.core)),
+            core=torch.cat((self.scale * adapter.core.new_ones(self.r), adapter.core)),
             activation=self.activation,
         )
 
@@ -96,19 +94,19 @@ def select_directions(model: nn.Module) -> None:
 
     Raises before anything is changed if one of them is selected already or was not trained yet.
     """
-    found = []
-    layer: Any
+    found: list[tuple[LoRADash, Adapter, Base]] = []
     for name, layer in model.named_modules():
-        active = getattr(layer, "active_adapter", None)
-        adapter: Any = None if active is None else layer.adapters[active]
-        if adapter is None or not isinstance(adapter.method, LoRADash):
+        if not isinstance(layer, Holder) or (adapter := layer.current()) is None:
             continue
-        if layer.merged_adapter is not None:
+        dash = adapter.method
+        if not isinstance(dash, LoRADash):
+            continue
+        if layer.merged:
             raise RuntimeError(f"{name or 'the layer'} is merged; call unmerge(model) first")
-        found.append((adapter, layer.base(name, adapter.down.dtype)))
+        found.append((dash, adapter, layer.base(name, adapter.down.dtype)))
     if not found:
         raise ValueError("the model has no active LoRADash adapter; call adapt(model, LoRADash())")
-    for adapter, base in found:
-        adapter.method._check_ready(adapter, base)
-    for adapter, base in found:
-        adapter.method.select_directions(adapter, base)
+    for dash, adapter, base in found:
+        dash._check_ready(adapter, base)
+    for dash, adapter, base in found:
+        dash.select_directions(adapter, base)

@@ -50,6 +50,7 @@ class OFT(Method):
             "eps": "eps",
         },
         fixed={"module_dropout": 0.0},
+        bias_only="oft_only",
     )
     impls = dispatch.NOT_NATIVE
     aliases = {"oft_block_size": "block_size"}

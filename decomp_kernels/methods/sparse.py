@@ -77,7 +77,7 @@ class Sparse(Method):
     def create(self, adapter: Adapter, base: Base) -> None:
         N, K = base.out_features, base.in_features
         if self.mask == "magnitude":
-            places = largest(base.weight.detach(), self.count(N, K))
+            places = largest(base.dense(base.weight.dtype).detach(), self.count(N, K))
         else:
             places = torch.randperm(N * K, device=base.weight.device)[: self.count(N, K)]
         places = places.sort().values

@@ -20,6 +20,8 @@ class SSL(Method):
         "IA3Config",
         "IA3",
         tensors={"in_scale": PeftTensor("ia3_l.*", "row")},
+        layers="feedforward_modules",
+        conv1d=True,
         note="the layer in feedforward_modules",
     )
 

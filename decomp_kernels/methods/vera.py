@@ -41,6 +41,8 @@ class VeRA(Method):
             "dropout": "vera_dropout",
             "projection_prng_key": "projection_prng_key",
         },
+        bias_only="vera_only",
+        conv1d=True,
     )
     aliases = {"vera_dropout": "dropout"}
 

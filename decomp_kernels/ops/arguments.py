@@ -9,6 +9,8 @@ from torch import Tensor
 
 from decomp_kernels.factors import ACTIVATIONS
 from decomp_kernels.ops.autocast import autocast_dtype
+from decomp_kernels.ops.tiled_weight import check_quantized
+from decomp_kernels.quantized_weight import QuantizedWeight
 from decomp_kernels.reference.dropout import threshold
 
 
@@ -28,7 +30,7 @@ def check_seed(seed: Tensor | None, x: Tensor) -> None:
 
 def check_arguments(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None,
     down: Tensor | None,
     up: Tensor | None,
@@ -50,7 +52,9 @@ def check_arguments(
         )
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if x.dtype != weight.dtype and autocast_dtype(x) is None:
+    if isinstance(weight, QuantizedWeight):
+        check_quantized(weight)
+    elif x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(
             f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}; "
             "convert x or run under torch.autocast"

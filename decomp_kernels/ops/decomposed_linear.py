@@ -4,7 +4,7 @@ Formula and gradients: reference/decomposed_linear.py.  Tensors may have any lea
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,23 @@ from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
 from decomp_kernels.ops.arguments import check_arguments, check_seed
 from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
+from decomp_kernels.ops.base_weight import (
+    Options,
+    acts_on_input,
+    as_one,
+    as_three,
+    cast,
+    dense,
+    effective,
+    frozen,
+    made_map,
+    map_op,
+)
 from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.ops.map_ops import MAP_OPS
 from decomp_kernels.ops.once import once_differentiable
+from decomp_kernels.ops.traced import less, with_number
+from decomp_kernels.quantized_weight import QuantizedWeight, dense_shape
 from decomp_kernels.reference import decomposed_linear as reference
 from decomp_kernels.reference.decomposed_linear import Gradients
 from decomp_kernels.reference.dropout import threshold
@@ -57,7 +71,7 @@ def _forward(
     matrix = x.dim() == 2
     keep_t, keep_z = keep
     asked = work("decomposed_linear", "forward", x, weight, down, dropout, out_scale)
-    chosen = implementation(x, impl, reference, aten, _FILES, asked)
+    chosen, weight = _implementation(x, weight, impl, asked)
     y, t, z = chosen.forward(
         x if matrix else x.reshape(-1, K), weight, bias, down, up, core, in_scale, out_scale,
         None if addend is None else addend.reshape(-1, N), seed, scale, dropout, activation,
@@ -76,14 +90,14 @@ def _backward(
     N, K = weight.shape
     matrix = dy.dim() == 2
     asked = work("decomposed_linear", "backward", dy, weight, down, dropout, out_scale)
-    chosen = implementation(dy, impl, reference, aten, _FILES, asked)
+    chosen, weight = _implementation(dy, weight, impl, asked)
     grads = chosen.backward(
         dy if matrix else dy.reshape(-1, N),
         x if x is None or matrix else x.reshape(-1, K),
         weight, bias, down, up, core, in_scale, out_scale, t, z, seed, scale, dropout, activation,
         needs,
     )  # fmt: skip
-    likes = (dy, weight, bias, down, up, core, in_scale, out_scale, dy)
+    likes = (dy, dy, bias, down, up, core, in_scale, out_scale, dy)
     grads = Gradients(
         *(
             grad if grad is None or grad.dtype == like.dtype else grad.to(like.dtype)
@@ -98,16 +112,32 @@ def _backward(
     return grads
 
 
+def _implementation(x, weight, impl, asked):
+    """(the module, the weight as it takes it)."""
+    if isinstance(weight, Tensor):
+        return implementation(x, impl, reference, aten, _FILES, asked), weight
+    if (named := dispatch.named(impl)) not in dispatch.TAKE_QUANTIZED:
+        raise RuntimeError(
+            f"impl={named!r} cannot run on a quantised weight; use impl='aten', 'native:passes' or "
+            "'auto'"
+        )
+    some = {form: file for form, file in _FILES.items() if form in dispatch.TAKE_QUANTIZED}
+    chosen = implementation(x, impl, reference, aten, some, asked)
+    if chosen is reference:
+        weight = weight.dense(torch.promote_types(x.dtype, torch.float32))
+    return chosen, weight
+
+
 @torch.library.impl("decomp_kernels::decomposed_linear_fwd", "CompositeExplicitAutograd")
 def _fwd(x, weight, weight_scale, weight_format, *others):
-    _check_format(weight_scale, weight_format)
+    weight = as_one(weight, weight_scale, weight_format, others[-1])
     y, t, z = _forward(x, weight, *others)
     return y, _absent(x) if t is None else t, _absent(x) if z is None else z
 
 
 @torch.library.impl("decomp_kernels::decomposed_linear_bwd", "CompositeExplicitAutograd")
 def _bwd(dy, x, weight, weight_scale, weight_format, *others):
-    _check_format(weight_scale, weight_format)
+    weight = as_one(weight, weight_scale, weight_format, others[-1])
     grads = _backward(dy, x, weight, *others)
     return tuple(_absent(dy) if grad is None else grad for grad in grads)
 
@@ -130,16 +160,17 @@ def _bwd_fake(
     dy, x, weight, weight_scale, weight_format, bias, down, up, core, in_scale, out_scale,
     t, z, seed, scale, dropout, activation, needs, impl,
 ):  # fmt: skip
-    fake = _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs)
+    K = weight.shape[1] if weight_scale is None else dense_shape(weight, weight_format)[1]
+    fake = _bwd_shapes(dy, K, weight, bias, down, up, core, in_scale, out_scale, needs)
     # Contiguous whatever the layout of the tensor that the gradient is for.
     return tuple(_absent(dy) if like is None else like.new_empty(like.shape) for like in fake)
 
 
-def _bwd_shapes(dy, weight, bias, down, up, core, in_scale, out_scale, needs):
+def _bwd_shapes(dy, K, weight, bias, down, up, core, in_scale, out_scale, needs):
     """A tensor of the shape and dtype of each gradient asked for, None for the others."""
     need = Gradients(*needs)
     return (
-        dy.new_empty((*dy.shape[:-1], weight.shape[1])) if need.x else None,
+        dy.new_empty((*dy.shape[:-1], K)) if need.x else None,
         weight if need.weight else None,
         bias if need.bias else None,
         down if need.down else None,
@@ -155,27 +186,8 @@ def _absent(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
 
-def _check_format(weight_scale: Tensor | None, weight_format: str) -> None:
-    if weight_format != "dense" or weight_scale is not None:
-        raise ValueError(f"weight_format must be 'dense' without a scale, got {weight_format!r}")
-
-
 fwd = torch.ops.decomp_kernels.decomposed_linear_fwd.default
 bwd = torch.ops.decomp_kernels.decomposed_linear_bwd.default
-
-
-class _Options(NamedTuple):
-    """What the Function needs beside its tensors."""
-
-    scale: float
-    dropout: float
-    activation: str
-    save_output: bool
-    compute: torch.dtype | None  # autocast's dtype, else None
-    map_kind: type[WeightMap] | None
-    map_names: tuple[str, ...]  # the map's tensors, in the order in which they are passed
-    map_scale: float | None
-    impl: str
 
 
 class _DecomposedLinear(torch.autograd.Function):
@@ -185,78 +197,86 @@ class _DecomposedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed, *mapped
+        ctx, options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed, *others
     ):
-        need: Any = Gradients(*ctx.needs_input_grad[1:10])
-        need_map = any(ctx.needs_input_grad[11:])
+        inputs = ctx.needs_input_grad
+        asked = inputs if options.differentiated else (False,) * len(inputs)
+        need: Any = Gradients(*asked[1:10])
+        need_map = any(asked[11:])
         compute = options.compute
+        scales, mapped = others[: options.scales], others[options.scales :]
         curved = options.activation != "identity" and (need.x or need.in_scale or need.down)
         keep_t = bool(need.up or need.core or curved)
         keep_z = bool(need.out_scale) and not options.save_output
         keep_x = need.weight or need.down or need.in_scale or need_map
-        cast_x, cast_weight = _to(x, compute), _to(weight, compute)
-        if _acts_on_input(options, down, in_scale) and x.numel() < weight.numel():
-            cast_x = _map_op(options).forward(_weight_map(options, mapped), cast_x, options.impl)
+        cast_x, cast_weight = cast(x, compute), frozen(options, weight, scales)
+        on_input = acts_on_input(options, down, in_scale)
+        if on_input and (scales or less(x.numel(), weight.numel())):
+            m = made_map(options, mapped)
+            cast_x = map_op(options).forward(m, cast_x, options.impl)
         else:
-            cast_weight = _effective(options, cast_weight, mapped)
-        others = (
-            bias, _to(down, compute), _to(up, compute), core, in_scale, out_scale,
-            _to(addend, compute), seed, options.scale, options.dropout, options.activation,
+            cast_weight = effective(options, cast_weight, mapped, cast_x.dtype)
+        terms = (
+            bias, cast(down, compute), cast(up, compute), core, in_scale, out_scale,
+            cast(addend, compute), seed, options.scale, options.dropout, options.activation,
             [keep_t, keep_z], options.impl,
         )  # fmt: skip
         if torch.compiler.is_compiling():
-            y, t, z = fwd(cast_x, cast_weight, None, "dense", *others)
+            y, t, z = fwd(cast_x, *as_three(cast_weight), *terms)
         else:
-            y, t, z = _forward(cast_x, cast_weight, *others)
+            y, t, z = _forward(cast_x, cast_weight, *terms)
         ctx.options, ctx.x_dtype = options, x.dtype
         ctx.addend_dtype = None if addend is None else addend.dtype
         ctx.save_for_backward(
             x if keep_x else None, weight, bias, down, up, core, in_scale, out_scale, seed,
             t if keep_t else None, z if keep_z else None,
-            y if need.out_scale and options.save_output else None, *mapped,
+            y if need.out_scale and options.save_output else None, *others,
         )  # fmt: skip
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        options: _Options = ctx.options
+        options: Options = ctx.options
         saved = ctx.saved_tensors  # once: checkpointing unpacks each tensor a single time
         x, weight, bias, down, up, core, in_scale, out_scale, seed, t, z, y = saved[:12]
-        mapped = saved[12:]
+        scales, mapped = saved[12 : 12 + options.scales], saved[12 + options.scales :]
         need: Any = Gradients(*ctx.needs_input_grad[1:10])
         need_map = any(ctx.needs_input_grad[11:])
         compute = options.compute
-        cast_x, cast_weight = _to(x, compute), _to(weight, compute)
+        cast_x, cast_weight = cast(x, compute), frozen(options, weight, scales)
         if y is not None:  # save_output: z = y / out_scale
             z = scale_columns(y.reshape(-1, y.shape[-1]), out_scale.reciprocal())
-        map_op = _map_op(options) if need_map else None
-        rotates = map_op is not None and _acts_on_input(options, down, in_scale)
-        base = cast_weight if rotates else _effective(options, cast_weight, mapped)
+        rotates = need_map and acts_on_input(options, down, in_scale)
+        base = cast_weight if rotates else effective(options, cast_weight, mapped, dy.dtype)
         asked = [bool(wanted) for wanted in need]
         asked[0] = bool(need.x or rotates)
         asked[-1] = bool(need.addend and out_scale is not None)
-        others = (
-            bias, _to(down, compute), _to(up, compute), core, in_scale, out_scale, t, z, seed,
+        terms = (
+            bias, cast(down, compute), cast(up, compute), core, in_scale, out_scale, t, z, seed,
             options.scale, options.dropout, options.activation, asked, options.impl,
         )  # fmt: skip
         grads: Any
         if torch.compiler.is_compiling():
-            grads = Gradients(*bwd(dy, cast_x, base, None, "dense", *others))
+            grads = Gradients(*bwd(dy, cast_x, *as_three(base), *terms))
         else:
-            grads = _backward(dy, cast_x, base, *others)
+            grads = _backward(dy, cast_x, base, *terms)
         map_grads: tuple[Tensor | None, ...] = (None,) * len(mapped)
-        if map_op is not None:
-            m = _weight_map(options, mapped)
+        if need_map:
+            m = made_map(options, mapped)
             X = cast_x.reshape(-1, cast_x.shape[-1])
             if rotates:
-                map_grads, dX = map_op.backward(m, grads.x.reshape(X.shape), X, options.impl)
+                map_grads, dX = map_op(options).backward(
+                    m, grads.x.reshape(X.shape), X, options.impl
+                )
                 grads = grads._replace(x=dX.reshape(x.shape))
             else:
                 g = dy.reshape(-1, dy.shape[-1])
                 g = g if out_scale is None else scale_columns(g.contiguous(), out_scale)
                 X = X if in_scale is None else scale_columns(X.contiguous(), in_scale)
-                map_grads = map_op.contract(m, cast_weight, g, X, options.impl)
+                map_grads = map_op(options).contract(
+                    m, dense(cast_weight, dy.dtype), g, X, options.impl
+                )
         if need.addend and out_scale is None:
             grads = grads._replace(addend=dy)
         shown = [grad if wanted else None for grad, wanted in zip(grads, need, strict=True)]
@@ -269,12 +289,12 @@ class _DecomposedLinear(torch.autograd.Function):
                 grad if grad is None or dtype is None else grad.to(dtype)
                 for grad, dtype in zip(shown, originals, strict=True)
             ]
-        return None, *shown, None, *map_grads
+        return None, *shown, None, *(None for _ in scales), *map_grads
 
 
 def decomposed_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     bias: Tensor | None = None,
     *,
     down: Tensor | None = None,
@@ -302,6 +322,9 @@ def decomposed_linear(
     floating dtypes, used in float32.  addend [..., N].  Returns y [..., N] in x's dtype, or in
     autocast's.
 
+    A QuantizedWeight is multiplied in x's dtype, in dense tiles of which none is kept; a weight map
+    makes a dense copy for a moment.  impl is "reference", "aten" or "native:passes" then.
+
     ``dropout`` in [0, 1) drops elements of X for the low-rank branch alone.  The mask is made by
     a counter (reference/dropout.py) from ``seed``, an int64 scalar tensor, drawn from torch's
     generator where it is not given, and is made again in backward: nothing is kept for it.
@@ -322,62 +345,38 @@ def decomposed_linear(
         )
     dispatch.check(impl)
     if weight_map is not None:
-        map_op = MAP_OPS[weight_map.op]
-        map_op.check(weight_map, weight)
+        op_of_map = MAP_OPS[weight_map.op]
+        op_of_map.check(weight_map, weight)
         if weight.requires_grad:
             # The gradient of a trained base weight is dense, and so is its way through the map.
-            weight, weight_map = map_op.dense(weight_map, weight), None
+            weight, weight_map = op_of_map.dense(weight_map, weight), None
         elif isinstance(weight_map, SingularDiagonal) and down is None:
-            branch = map_op.as_low_rank(weight_map, math.prod(x.shape[:-1]))
+            branch = op_of_map.as_low_rank(weight_map, math.prod(x.shape[:-1]))
             if branch is not None:
                 (down, up, core), weight_map = branch, None
                 scale, dropout, activation = 1.0, 0.0, "identity"  # what a branch alone would use
+    scale, core = with_number(scale, core, down)
     if threshold(dropout) == 0 or down is None:
         dropout, seed = 0.0, None
     elif seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
     named = weight_map.named_tensors() if weight_map is not None else {}
-    options = _Options(
-        scale=float(scale),
+    codes, *scales = weight.tensors() if isinstance(weight, QuantizedWeight) else (weight,)
+    options = Options(
+        scale=scale,
         dropout=dropout,
         activation=activation,
         save_output=save_output,
         compute=autocast_dtype(x),
+        weight_format=getattr(weight, "format", "dense"),
+        scales=len(scales),
         map_kind=None if weight_map is None else type(weight_map),
         map_names=tuple(named),
         map_scale=getattr(weight_map, "scale", None),
         impl=impl,
+        differentiated=torch.is_grad_enabled(),
     )
     return _DecomposedLinear.apply(
-        options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed,
+        options, x, codes, bias, down, up, core, in_scale, out_scale, addend, seed, *scales,
         *named.values(),
     )  # fmt: skip
-
-
-def _weight_map(options: _Options, mapped: tuple[Tensor, ...]) -> WeightMap:
-    assert options.map_kind is not None
-    scale = {} if options.map_scale is None else {"scale": options.map_scale}
-    return options.map_kind(**dict(zip(options.map_names, mapped, strict=True)), **scale)
-
-
-def _map_op(options: _Options):
-    assert options.map_kind is not None
-    return MAP_OPS[options.map_kind.op]
-
-
-def _acts_on_input(options: _Options, down: Tensor | None, in_scale: Tensor | None) -> bool:
-    """Whether the map can turn x, its gradients coming from g W because nothing adds to that."""
-    if options.map_kind is None or down is not None or in_scale is not None:
-        return False
-    return _map_op(options).ACTS_ON_INPUT
-
-
-def _effective(options: _Options, weight: Tensor, mapped: tuple[Tensor, ...]) -> Tensor:
-    """The weight of the base GEMM; a mapped one is built anew each time and never kept."""
-    if options.map_kind is None:
-        return weight
-    return _map_op(options).build(_weight_map(options, mapped), weight, options.impl)
-
-
-def _to(t: Tensor | None, dtype: torch.dtype | None):
-    return t if t is None or dtype is None else t.to(dtype)

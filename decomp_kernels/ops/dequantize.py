@@ -59,6 +59,20 @@ def dequantize(
     absmax of each row, [N] or [N, 1].  An absmax that is quantised itself must be dense first.
     Raises ValueError or TypeError where the arguments do not fit.
     """
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating point, got {dtype}")
+    if len(shape) != 2 or min(shape) < 0:
+        raise ValueError(f"shape must be (N, K), got {tuple(shape)}")
+    check_format(weight, weight_scale, weight_format, shape)
+    N, K = shape
+    scales = weight_scale.detach().flatten()
+    return op(weight.contiguous(), scales, weight_format, N, K, dtype, impl)
+
+
+def check_format(
+    weight: Tensor, weight_scale: Tensor, weight_format: str, shape: tuple[int, int]
+) -> None:
+    """Raise ValueError or TypeError where codes and scales are none of that format and shape."""
     if weight_format not in FORMATS:
         raise ValueError(
             f"weight_format must be one of {', '.join(FORMATS)}, got {weight_format!r}"
@@ -73,10 +87,6 @@ def dequantize(
         raise ValueError(
             f"weight_scale must be on weight's device {weight.device}, got {weight_scale.device}"
         )
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be floating point, got {dtype}")
-    if len(shape) != 2 or min(shape) < 0:
-        raise ValueError(f"shape must be (N, K), got {tuple(shape)}")
     N, K = shape
     if weight_format == "nf4":
         _check_nf4(weight, weight_scale, N * K)
@@ -85,8 +95,6 @@ def dequantize(
             f"int8 of shape {(N, K)} has weight {(N, K)} and weight_scale {(N,)}, got "
             f"{tuple(weight.shape)} and {tuple(weight_scale.shape)}"
         )
-    scales = weight_scale.detach().flatten()
-    return op(weight.contiguous(), scales, weight_format, N, K, dtype, impl)
 
 
 def _check_nf4(weight: Tensor, weight_scale: Tensor, elements: int) -> None:

@@ -3,7 +3,8 @@
     dU = W^T dy        y [N, r]
 
 U may be float32 on a bf16 or fp16 W: the products keep float32 precision, and W is converted in
-row blocks that stay in cache, where autograd through ``W.float() @ U`` would keep that copy.
+row blocks that stay in cache, where autograd through ``W.float() @ U`` would keep that copy.  A
+quantised W is dequantised in U's dtype, tile by tile.
 """
 
 import torch
@@ -12,20 +13,36 @@ from torch import Tensor
 from decomp_kernels.kernels import gemm
 from decomp_kernels.ops.autocast import outside_autocast
 from decomp_kernels.ops.once import once_differentiable
+from decomp_kernels.ops.tiled_weight import TiledWeight, check_quantized
+from decomp_kernels.quantized_weight import QuantizedWeight, absmax, dense_shape, scale_of
 
-torch.library.define("decomp_kernels::frozen_matmul_fwd", "(Tensor weight, Tensor right) -> Tensor")
-torch.library.define("decomp_kernels::frozen_matmul_bwd", "(Tensor weight, Tensor dy) -> Tensor")
+_WEIGHT = "Tensor weight, Tensor? weight_scale, str weight_format"
+
+torch.library.define("decomp_kernels::frozen_matmul_fwd", f"({_WEIGHT}, Tensor right) -> Tensor")
+torch.library.define("decomp_kernels::frozen_matmul_bwd", f"({_WEIGHT}, Tensor dy) -> Tensor")
 
 
 @torch.library.impl("decomp_kernels::frozen_matmul_fwd", "CompositeExplicitAutograd")
 @outside_autocast
-def _fwd(weight, right):
-    return gemm.project(weight, right)
+def _fwd(weight, weight_scale, weight_format, right):
+    if weight_scale is None:
+        return gemm.project(weight, right)
+    out = right.new_empty(weight.shape[0], right.shape[1])
+    tiles = TiledWeight(weight, weight_scale, weight_format, "auto").row_tiles(right.dtype)
+    for rows, tile in tiles:
+        torch.mm(tile, right, out=out[rows])
+    return out
 
 
 @torch.library.impl("decomp_kernels::frozen_matmul_bwd", "CompositeExplicitAutograd")
 @outside_autocast
-def _bwd(weight, dy):
+def _bwd(weight, weight_scale, weight_format, dy):
+    if weight_scale is not None:
+        tiled = TiledWeight(weight, weight_scale, weight_format, "auto")
+        out = dy.new_empty(tiled.shape[1], dy.shape[1])
+        for cols, tile in tiled.column_tiles(dy.dtype):
+            torch.mm(tile.T, dy, out=out[cols])
+        return out
     if weight.dtype == dy.dtype:
         return weight.T @ dy
     d_right = dy.new_zeros(weight.shape[1], dy.shape[1])
@@ -35,13 +52,14 @@ def _bwd(weight, dy):
 
 
 @torch.library.register_fake("decomp_kernels::frozen_matmul_fwd")
-def _fwd_fake(weight, right):
+def _fwd_fake(weight, weight_scale, weight_format, right):
     return right.new_empty(weight.shape[0], right.shape[1])
 
 
 @torch.library.register_fake("decomp_kernels::frozen_matmul_bwd")
-def _bwd_fake(weight, dy):
-    return dy.new_empty(weight.shape[1], dy.shape[1])
+def _bwd_fake(weight, weight_scale, weight_format, dy):
+    K = weight.shape[1] if weight_scale is None else dense_shape(weight, weight_format)[1]
+    return dy.new_empty(K, dy.shape[1])
 
 
 fwd = torch.ops.decomp_kernels.frozen_matmul_fwd.default
@@ -50,18 +68,24 @@ bwd = torch.ops.decomp_kernels.frozen_matmul_bwd.default
 
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, right):
-        ctx.save_for_backward(weight)
-        return fwd(weight, right)
+    def forward(ctx, weight_format, right, weight, *scales):
+        ctx.save_for_backward(weight, *scales)
+        ctx.weight_format = weight_format
+        return fwd(weight, _absmax(scales), weight_format, right)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        (weight,) = ctx.saved_tensors
-        return None, bwd(weight, dy)
+        weight, *scales = ctx.saved_tensors
+        d_right = bwd(weight, _absmax(scales), ctx.weight_format, dy)
+        return None, d_right, None, *(None for _ in scales)
 
 
-def frozen_matmul(weight: Tensor, right: Tensor) -> Tensor:
+def _absmax(scales):
+    return absmax(scale_of(scales)) if scales else None
+
+
+def frozen_matmul(weight: Tensor | QuantizedWeight, right: Tensor) -> Tensor:
     """``weight @ right``, [N, r] in right's dtype, which is the weight's or float32.
 
     The gradient is right's; a weight that requires grad gets its own by plain autograd.
@@ -73,6 +97,9 @@ def frozen_matmul(weight: Tensor, right: Tensor) -> Tensor:
         )
     if right.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32)):
         raise TypeError(f"right must be {weight.dtype} or float32, got {right.dtype}")
+    if isinstance(weight, QuantizedWeight):
+        check_quantized(weight)
+        return _FrozenMatmul.apply(weight.format, right, *weight.tensors())
     if weight.requires_grad:
         return weight.to(right.dtype) @ right
-    return _FrozenMatmul.apply(weight, right)
+    return _FrozenMatmul.apply("dense", right, weight)

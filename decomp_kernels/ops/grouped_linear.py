@@ -19,6 +19,7 @@ from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.dropout import draw_seed
 from decomp_kernels.ops.implementation import files, implementation
 from decomp_kernels.ops.once import once_differentiable
+from decomp_kernels.ops.traced import with_number
 from decomp_kernels.reference import grouped_linear as reference
 from decomp_kernels.reference.decomposed_linear import Gradients
 from decomp_kernels.reference.dropout import threshold
@@ -144,14 +145,17 @@ class _Options(NamedTuple):
     activations: tuple[str, ...]
     compute: torch.dtype | None  # autocast's dtype, else None
     impl: str
+    differentiated: bool  # grad mode outside, which a Function's forward does not see
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, x, *tensors):
-        need_x = ctx.needs_input_grad[1]
+        inputs = ctx.needs_input_grad
+        asked = inputs if options.differentiated else (False,) * len(inputs)
+        need_x = asked[1]
         keep, keep_x, needs = [], False, [need_x]
-        for number, need in enumerate(_by_layer(ctx.needs_input_grad[2:], len(TENSORS))):
+        for number, need in enumerate(_by_layer(asked[2:], len(TENSORS))):
             _, _, down, up, core, in_scale, out_scale, _ = need
             curved = options.activations[number] != "identity" and (need_x or in_scale or down)
             keep += [bool(up or core or curved), out_scale]
@@ -217,9 +221,9 @@ def decomposed_linears(
     with its own dropout mask, and the gradients of x add up in one buffer.  Seeds that are not
     given are drawn in the layers' order: the masks are those of separate calls.
 
-    A layer whose weight requires grad, or with addend, weight_map or save_output, is a call of its
-    own, and so is every layer where the downs differ in dtype.  Raises ValueError or TypeError
-    before any work where the arguments do not fit.
+    A layer whose weight requires grad or is quantised, or with addend, weight_map or save_output,
+    is a call of its own, and so is every layer where the downs differ in dtype.  Raises ValueError
+    or TypeError before any work where the arguments do not fit.
     """
     dispatch.check(impl)
     given = [_checked(x, number, layer) for number, layer in enumerate(layers)]
@@ -233,6 +237,7 @@ def decomposed_linears(
             **{f"{name}s": tuple(given[n][name] for n in joined) for name in OPTIONS},
             compute=autocast_dtype(x),
             impl=impl,
+            differentiated=torch.is_grad_enabled(),
         )
         tensors = [given[n][name] for n in joined for name in TENSORS]
         ys |= zip(joined, _GroupedLinear.apply(options, x, *tensors), strict=True)
@@ -244,7 +249,8 @@ def decomposed_linears(
 
 def _joins(layer: dict[str, Any]) -> bool:
     """Whether it may share the operator."""
-    alone = layer["weight"].requires_grad or layer.get("save_output", False)
+    frozen = isinstance(layer["weight"], Tensor) and not layer["weight"].requires_grad
+    alone = not frozen or layer.get("save_output", False)
     return not alone and layer.get("addend") is None and layer.get("weight_map") is None
 
 
@@ -272,5 +278,5 @@ def _checked(x: Tensor, number: int, layer: Mapping[str, Any]) -> dict[str, Any]
         full |= {"dropout": 0.0, "seed": None}
     elif full["seed"] is None:
         full["seed"] = draw_seed(x)
-    full["scale"] = float(full["scale"])
+    full["scale"], full["core"] = with_number(full["scale"], full["core"], full["down"])
     return full

@@ -45,17 +45,20 @@ def work(
     operator: str,
     direction: str,
     rows: Tensor,
-    weight: Tensor,
+    weight: Any,
     down: Tensor | None,
     dropout: float = 0.0,
     out_scale: Tensor | None = None,
 ) -> Callable[[], dispatch.Work]:
-    """What ``auto`` looks up for one call, made where it does.  rows [..., K or N]."""
+    """What ``auto`` looks up for one call, made where it does.
+
+    rows [..., K or N], of the dtype that the weight is multiplied in.
+    """
 
     def made() -> dispatch.Work:
         r = 0 if down is None else down.shape[0]
         M = rows.numel() // max(rows.shape[-1], 1)
-        base, adapter = dispatch.dtype_names(weight, weight if down is None else down)
+        base, adapter = dispatch.dtype_names(rows, rows if down is None else down)
         return dispatch.Work(
             operator, direction, M, weight.numel(), r, base, adapter, dropout > 0.0,
             out_scale is not None,

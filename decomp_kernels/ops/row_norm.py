@@ -8,9 +8,13 @@ from torch import Tensor
 
 from decomp_kernels import dispatch
 from decomp_kernels.kernels.aten import row_norm as aten
-from decomp_kernels.ops.autocast import outside_autocast
+from decomp_kernels.ops.autocast import no_autocast, outside_autocast
+from decomp_kernels.ops.frozen_matmul import frozen_matmul
 from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.ops.once import once_differentiable
+from decomp_kernels.ops.tiled_weight import tiled
+from decomp_kernels.ops.traced import is_symbol
+from decomp_kernels.quantized_weight import QuantizedWeight
 from decomp_kernels.reference import row_norm as reference
 
 _FILES = files(triton="row_norm", native="row_norm")
@@ -76,7 +80,7 @@ def _implementation(weight: Tensor, down: Tensor, direction: str, impl: str):
     return implementation(weight, impl, reference, aten, _FILES, asked)
 
 
-squared_rows = torch.ops.decomp_kernels.squared_rows.default
+squared_rows_op = torch.ops.decomp_kernels.squared_rows.default
 fwd = torch.ops.decomp_kernels.row_norm_fwd.default
 bwd = torch.ops.decomp_kernels.row_norm_bwd.default
 
@@ -98,8 +102,19 @@ class _RowNorm(torch.autograd.Function):
         return None, None, d_down, d_up, None, None
 
 
+def squared_rows(weight: Tensor | QuantizedWeight) -> Tensor:
+    """||W_j||^2, [N], float32 or wider."""
+    if isinstance(weight, Tensor):
+        return squared_rows_op(weight)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    out = torch.empty(weight.shape[0], dtype=wide, device=weight.device)
+    for rows, tile in tiled(weight, "auto").row_tiles(wide):
+        out[rows] = tile.square_().sum(1)
+    return out
+
+
 def row_norm(
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     down: Tensor,
     up: Tensor,
     scale: float = 1.0,
@@ -121,6 +136,22 @@ def row_norm(
         raise ValueError(
             f"down must be (r, {K}) and up ({N}, r), got {tuple(down.shape)} and {tuple(up.shape)}"
         )
+    if is_symbol(scale):
+        wide = torch.promote_types(up.dtype, torch.float32)
+        down, up, scale = down.to(wide), up.to(wide) * scale, 1.0
     weight = weight.detach()
     weight_sq = squared_rows(weight) if weight_sq is None else weight_sq
-    return _RowNorm.apply(weight, weight_sq, down, up, float(scale), impl)
+    if isinstance(weight, QuantizedWeight):
+        return _of_quantized(weight, weight_sq, down, up, scale)
+    return _RowNorm.apply(weight, weight_sq, down, up, scale, impl)
+
+
+def _of_quantized(
+    weight: QuantizedWeight, weight_sq: Tensor, down: Tensor, up: Tensor, scale: float
+) -> Tensor:
+    """As kernels/aten/row_norm.py: the one product with W is an operator, the rest is small."""
+    with no_autocast(weight.device):
+        A, B = down.to(weight_sq.dtype), up.to(weight_sq.dtype)
+        U = frozen_matmul(weight, A.T)
+        inner = torch.addmm(U, B, A @ A.T, beta=2.0, alpha=scale)
+        return (weight_sq + scale * (inner * B).sum(1)).clamp_min(0).sqrt()

@@ -12,6 +12,7 @@ from decomp_kernels.factors import SingularDiagonal
 from decomp_kernels.kernels.aten import singular_diagonal as aten
 from decomp_kernels.ops.autocast import outside_autocast
 from decomp_kernels.ops.implementation import files, implementation
+from decomp_kernels.ops.traced import less
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import singular_diagonal as reference
 
@@ -103,4 +104,4 @@ def as_low_rank(m: SingularDiagonal, tokens: int) -> tuple[Tensor, Tensor, Tenso
     Forward and backward cost 4 M k (N + K) as a branch and 4 N K k + 2 M k (N + K) as a weight:
     the branch wins below 2 N K / (N + K) tokens, which is never less than k.
     """
-    return (m.right, m.left, m.diagonal) if tokens < m.diagonal.shape[0] else None
+    return (m.right, m.left, m.diagonal) if less(tokens, m.diagonal.shape[0]) else None

@@ -90,7 +90,7 @@ def backward(
             )  # fmt: skip
 
     if need_dX:
-        d_X = g @ weight if d_X is None else gemm.accumulate(d_X, g, weight)
+        d_X = gemm.by_weight(g, weight, d_X)
         if after:
             gemm.accumulate(d_X, dt, down)  # type: ignore[arg-type]
     d_x, d_in = d_X, None

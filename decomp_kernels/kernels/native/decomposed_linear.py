@@ -125,15 +125,15 @@ def _input_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """By the library's GEMM, on top of what the branch adds."""
     if dt is None or down is None:
-        d_X = g @ weight
+        d_X = gemm.by_weight(g, weight, None)
     elif dt.dtype == g.dtype and seed is None:  # nothing to mask or to widen: library calls
         if dispatch.base_gemm_first(g):
-            d_X = gemm.accumulate(g @ weight, dt, down)
+            d_X = gemm.accumulate(gemm.by_weight(g, weight, None), dt, down)
         else:
-            d_X = gemm.accumulate(dt @ down, g, weight)
+            d_X = gemm.by_weight(g, weight, dt @ down)
     else:
         d_X = up_expansion(dt, down, g.dtype, seed=seed, dropout=dropout)
-        d_X = gemm.accumulate(d_X, g, weight)
+        d_X = gemm.by_weight(g, weight, d_X)
     if in_scale is None:
         return d_X if need_x else None, None
     walked = column_walk(d_X, None, None, x, in_scale if need_x else None, False)
