@@ -76,6 +76,11 @@ def alone(name, rank, world, folder):
     return run(adapted(METHODS[name]), reference(name), rank, world)
 
 
+def alone_in_bf16(name, rank, world, folder):
+    model = adapted(METHODS[name], torch.bfloat16)
+    return run(model, reference(name, torch.bfloat16), rank, world)
+
+
 def ddp(name, rank, world, folder):
     model = DistributedDataParallel(adapted(METHODS[name]))
     return run(model, reference(name), rank, world)
@@ -112,4 +117,5 @@ for _name in ("lora", "dora"):
     for _units in ("blocks", "adapters"):
         CASES[f"checkpointed-{_units}-{_name}"] = functools.partial(checkpointed, _name, _units)
         CASES[f"mixed-{_units}-{_name}"] = functools.partial(mixed, _name, _units)
+    CASES[f"alone_in_bf16-{_name}"] = functools.partial(alone_in_bf16, _name)
     CASES[f"bf16_base-{_name}"] = functools.partial(bf16_base, _name)

@@ -105,6 +105,7 @@ class Reference:
         train(InBf16(single) if in_bf16 else single)
         train(exact)
         self.start, self.single, self.exact = values(model), values(single), values(exact)
+        self.dtype = torch.bfloat16 if in_bf16 else model.dtype  # of intermediate results
 
     def compare(self, found: dict[str, torch.Tensor]) -> dict:
         """wrong: parameters further from float64 than the policy allows, with the first message."""
@@ -112,7 +113,7 @@ class Reference:
         wrong = []
         for name, tensor in found.items():
             try:
-                assert_as_good_as(tensor, self.single[name], self.exact[name], name)
+                assert_as_good_as(tensor, self.single[name], self.exact[name], name, self.dtype)
             except AssertionError as error:
                 wrong.append(str(error))
 
