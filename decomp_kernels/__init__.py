@@ -24,6 +24,9 @@ from decomp_kernels.model import (
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.grouped_linear import decomposed_linears
 from decomp_kernels.optimizer import decay_to_one, param_groups
+from decomp_kernels.quantization import quantize
+from decomp_kernels.quantized_linear import QuantizedLinear
+from decomp_kernels.quantized_weight import QuantizedWeight
 
 __version__ = "0.1.0"
 

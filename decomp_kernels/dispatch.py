@@ -17,6 +17,7 @@ TRITON_FORMS = ("triton:passes", "triton:fused")  # an operator with one form ha
 NATIVE_FORMS = ("native:passes", "native:fused")
 IMPLS = ("auto", *EVERYWHERE, *TRITON_FORMS, *NATIVE_FORMS)
 VARIABLE = "DECOMP_KERNELS_IMPL"
+TAKE_QUANTIZED = ("auto", *EVERYWHERE, "native:passes")  # of the decomposed linear
 NOT_NATIVE = ("auto", *EVERYWHERE, *TRITON_FORMS)  # of methods with a weight map
 CANDIDATES = tuple(impl for impl in IMPLS if impl not in ("auto", "reference"))  # of a table
 INTERPRET = "TRITON_INTERPRET"

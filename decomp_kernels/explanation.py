@@ -111,6 +111,8 @@ def explain(
     gpu, arch, where = _device(weight.device, device)
 
     def why_not(impl: str) -> str | None:
+        if not isinstance(weight, torch.Tensor) and impl not in dispatch.TAKE_QUANTIZED:
+            return "it takes no quantised weight"
         if device is None:
             return dispatch.why_not(weight, impl)
         if impl in dispatch.NATIVE_FORMS:
@@ -194,7 +196,7 @@ def _calls(
     weight = module.base_weight()
     N, K = weight.shape
     if name is None or module.disabled or module.merged_adapter is not None:
-        plain = Terms(tokens, N, K, element=weight.element_size(), training=training)
+        plain = Terms(tokens, N, K, element=weight.dtype.itemsize, training=training)
         return [plain], None, (), [Step("", 0, 0), Step("", 0, 0)]
     adapter = module.adapters[name]
     if not adapter.initialized:
@@ -214,7 +216,7 @@ def _calls(
     object.__setattr__(method, "__class__", Recording)
     ghost = copy.deepcopy(adapter).to("meta")
     bias = None if module.bias is None else module.bias.to("meta")
-    base = Base(weight.detach().to("meta"), bias, weight.dtype)
+    base = Base(torch.empty((N, K), dtype=weight.dtype, device="meta"), bias, weight.dtype)
     x = torch.empty(tokens, K, dtype=weight.dtype, device="meta", requires_grad=training)
     counted = []
     with _Counting() as counting:

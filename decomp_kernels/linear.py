@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decomp_kernels import dispatch
 from decomp_kernels.methods.base import Adapter, Base, Method
 from decomp_kernels.quantized import is_quantized, is_torchao
 from decomp_kernels.quantized_weight import QuantizedWeight
@@ -69,6 +70,11 @@ class Decomposed:
         """
         weight = self.base_weight()
         method.check_shape(weight.shape[0], weight.shape[1], path)
+        if isinstance(weight, QuantizedWeight) and method.impl not in dispatch.TAKE_QUANTIZED:
+            raise ValueError(
+                f"impl={method.impl!r} cannot run on the quantised weight of "
+                f"{path or 'this layer'}; impl must be one of {', '.join(dispatch.TAKE_QUANTIZED)}"
+            )
         if dtype is None:
             dtype = torch.promote_types(weight.dtype, torch.float32)
         elif dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32)):

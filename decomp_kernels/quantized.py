@@ -79,10 +79,9 @@ def from_4bit(weight: Any) -> Read:
         if inner.blocksize != NESTED_BLOCK:
             return f"its scales are quantised in blocks of {inner.blocksize}, not {NESTED_BLOCK}"
         scale = NestedScale(scale, inner.code, inner.absmax, state.offset)
-    codes = weight.as_subclass(torch.Tensor)
-    if codes.dtype != torch.uint8:  # quant_storage, which FSDP needs
-        codes = codes.view(torch.uint8)
-    return QuantizedWeight(codes.view(N, K // 2), scale, "nf4", state.dtype)
+    with torch._C.DisableTorchFunctionSubclass():  # plain tensors come of this one
+        codes = weight.detach().view(torch.uint8).view(N, K // 2)
+    return QuantizedWeight(codes, scale, "nf4", state.dtype)
 
 
 def from_8bit(module: Any) -> Read:

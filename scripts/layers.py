@@ -33,6 +33,7 @@ LAYERS = [
     },
     {
         "model": "adapt, merge, remove, ...",
+        "quantization": "quantising a model's linears",
         "constraints": "MPC over a whole model",
         "optimizer": "parameter groups",
         "explanation": "one layer's choice, with its reason and its roofline",

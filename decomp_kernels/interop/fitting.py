@@ -20,7 +20,13 @@ from decomp_kernels.interop.description import (
 )
 from decomp_kernels.interop.fingerprint import base_record, difference
 from decomp_kernels.interop.tensor_file import FLOATING, dtype_name
-from decomp_kernels.linear import Decomposed, adapted_layers, decomposed_class, stand_in
+from decomp_kernels.linear import (
+    Decomposed,
+    DecomposedLinear,
+    adapted_layers,
+    decomposed_class,
+    stand_in,
+)
 from decomp_kernels.making import make_shared
 from decomp_kernels.methods.base import METHODS, Adapter, Method
 from decomp_kernels.saved_modules import TrainedCopy, copy_of, trained_copies
@@ -177,13 +183,14 @@ def _layer_of(key: str, layers: dict[str, Any]) -> str:
 
 
 def _empty(layer: Any) -> Any:
-    """A stand-in whose weight and bias have no values."""
+    """A stand-in whose weight [out, in] and bias have no values."""
     on_meta = nn.Module().train(layer.training)
-    for name in ("weight", "bias"):
-        tensor = getattr(layer, name)
-        value = None if tensor is None else nn.Parameter(tensor.detach().to("meta"))
+    for name, tensor in (("weight", layer.base_weight()), ("bias", layer.bias)):
+        value = None
+        if tensor is not None:
+            value = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
         on_meta.register_parameter(name, value)
-    return stand_in(on_meta, type(layer))
+    return stand_in(on_meta, DecomposedLinear)
 
 
 def _layer_places(

@@ -43,7 +43,6 @@ _FILES = files(
     triton={"triton:passes": "decomposed_linear", "triton:fused": "decomposed_linear_fused"},
     native={"native:passes": "decomposed_linear", "native:fused": "decomposed_linear_fused"},
 )
-_TILED_FILES = files(native={"native:passes": "decomposed_linear"})  # take a quantised weight
 _OPTIONS = "Tensor? seed, float scale, float dropout, str activation, "
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -116,7 +115,13 @@ def _implementation(x, weight, impl, asked):
     """(the module, the weight as it takes it)."""
     if isinstance(weight, Tensor):
         return implementation(x, impl, reference, aten, _FILES, asked), weight
-    chosen = implementation(x, impl, reference, aten, _TILED_FILES, asked)
+    if (named := dispatch.named(impl)) not in dispatch.TAKE_QUANTIZED:
+        raise RuntimeError(
+            f"impl={named!r} cannot run on a quantised weight; use impl='aten', 'native:passes' or "
+            "'auto'"
+        )
+    some = {form: file for form, file in _FILES.items() if form in dispatch.TAKE_QUANTIZED}
+    chosen = implementation(x, impl, reference, aten, some, asked)
     if chosen is reference:
         weight = weight.dense(torch.promote_types(x.dtype, torch.float32))
     return chosen, weight

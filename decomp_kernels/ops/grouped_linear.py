@@ -217,9 +217,9 @@ def decomposed_linears(
     with its own dropout mask, and the gradients of x add up in one buffer.  Seeds that are not
     given are drawn in the layers' order: the masks are those of separate calls.
 
-    A layer whose weight requires grad, or with addend, weight_map or save_output, is a call of its
-    own, and so is every layer where the downs differ in dtype.  Raises ValueError or TypeError
-    before any work where the arguments do not fit.
+    A layer whose weight requires grad or is quantised, or with addend, weight_map or save_output,
+    is a call of its own, and so is every layer where the downs differ in dtype.  Raises ValueError
+    or TypeError before any work where the arguments do not fit.
     """
     dispatch.check(impl)
     given = [_checked(x, number, layer) for number, layer in enumerate(layers)]
@@ -244,7 +244,8 @@ def decomposed_linears(
 
 def _joins(layer: dict[str, Any]) -> bool:
     """Whether it may share the operator."""
-    alone = layer["weight"].requires_grad or layer.get("save_output", False)
+    frozen = isinstance(layer["weight"], Tensor) and not layer["weight"].requires_grad
+    alone = not frozen or layer.get("save_output", False)
     return not alone and layer.get("addend") is None and layer.get("weight_map") is None
 
 
