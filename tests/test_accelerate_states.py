@@ -359,6 +359,17 @@ def test_a_layer_whose_forward_was_replaced_is_left_alone():
     assert list(accelerated_layers(model)) == ["base_model.model.second"]
 
 
+def test_restore_is_refused_where_a_forward_was_wrapped_since():
+    _, fast, _ = pair()
+    layer = fast.base_model.model.second
+    layer.forward = layer.forward  # as accelerate's add_hook_to_module leaves it
+    with pytest.raises(ValueError, match="second was replaced .* after accelerate"):
+        dk.restore(fast)
+    assert len(accelerated_layers(fast)) == BOTH  # nothing was changed
+    del layer.forward
+    assert not accelerated_layers(dk.restore(fast))
+
+
 def test_a_transformers_model_with_an_adapter():
     from transformers import LlamaConfig, LlamaForCausalLM
 
