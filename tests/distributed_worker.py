@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from distributed_cases import CASES as DATA
+from distributed_peft_cases import CASES as PEFT
 from distributed_state_cases import CASES as STATE
 from distributed_tensor_cases import CASES as TENSOR
 from torch import distributed
 
-CASES = {**DATA, **STATE, **TENSOR}
+CASES = {**DATA, **STATE, **TENSOR, **PEFT}
 
 
 def main(rank: int, world: int, folder: Path, names: list[str]) -> None:

@@ -20,11 +20,13 @@ EVERYDAY = {
         checkpointed-blocks-dora checkpointed-adapters-lora mixed-blocks-lora mixed-adapters-dora
         bf16_base-lora files files_of_ddp refused reloaded checkpoint dropout
         tensor-lora tensor-dora tensor-with-fsdp tensor-refused
+        peft-blocks-lora peft-leaves-dora peft-tensor_parallel-lora
         uneven-lora uneven-dora uneven-ssb uneven-ssl uneven-ia3""",
     3: """alone-dora alone_in_bf16-dora ddp-lora ddp-dora
         fsdp-blocks-lora fsdp-blocks-dora fsdp-blocks-ssb fsdp-adapters-dora
         checkpointed-blocks-lora mixed-blocks-dora bf16_base-dora
         files reloaded checkpoint tensor-ssb tensor-ia3
+        peft-ddp-dora peft-blocks-dora peft-leaves-lora
         uneven-lora uneven-dora uneven-ssb uneven-ssl uneven-ia3""",
 }
 CASES = {world: names.split() for world, names in EVERYDAY.items()}
@@ -164,7 +166,20 @@ def uneven(case, world, rank, found):
     assert found["smallest"] > 1
 
 
+def peft(case, world, rank, found):
+    """Fused under DDP and in blocks; else PEFT's own forward, which the report names."""
+    assert found["wrong"] == 0, found["first"]
+    assert found["moved"] > 1e-3
+    assert (found["sharded"] > 0) == ("ddp" not in case)
+    if "ddp" in case or "blocks" in case:
+        assert (found["calls"], found["own"]) == (TARGETED * STEPS, 0)
+    else:
+        assert (found["calls"], found["own"]) == (0, TARGETED)
+        assert "FSDPLinear" in found["report"] or "DTensor" in found["report"]
+
+
 CHECKS = {
+    "peft": peft,
     "alone": alone,
     "alone_in_bf16": alone_in_bf16,
     "ddp": ddp,
