@@ -274,6 +274,16 @@ def test_restore_is_exact(name):
     assert torch.equal(stock(x), expected)
 
 
+def test_no_other_model_is_touched():
+    earlier, model = peft_model("lora"), peft_model("lora")
+    classes = [peft.tuners.lora.layer.Linear, nn.Linear]
+    before = [dict(vars(cls)) for cls in classes]
+    dk.accelerate(model)
+    assert [dict(vars(cls)) for cls in classes] == before
+    for other in (earlier, peft_model("lora")):
+        assert type(other.base_model.model.first) is peft.tuners.lora.layer.Linear
+
+
 @pytest.mark.parametrize("name", ["lora", "dora", "adalora", "oft", "vera"])
 def test_copies_and_files(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

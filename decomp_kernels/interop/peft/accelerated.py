@@ -120,7 +120,7 @@ class Accelerated:
         named = method.peft_form.tensors
         found = {name: find(self, tensor, active[0]) for name, tensor in named.items()}
         theirs = {name: tensor for name, tensor in found.items() if tensor is not None}
-        check_tensors(x, base.weight, list(theirs.values()))
+        check_tensors(x, base, list(theirs.values()))
         view = View({name: named[name].ours(tensor) for name, tensor in theirs.items()})
         plan = Plan(method, view, base, active[0])
         self.check_precision(plan, x)
@@ -230,9 +230,12 @@ def check_hooks(module: nn.Module, name: str) -> None:
         raise PeftForward(f"{name} has hooks")
 
 
-def check_tensors(x: Tensor, weight: Tensor | QuantizedWeight, others: list[Tensor]) -> None:
+def check_tensors(x: Tensor, base: Base, others: list[Tensor]) -> None:
+    """others: the adapter's."""
+    weight = base.weight
     held = weight.tensors() if isinstance(weight, QuantizedWeight) else (weight,)
-    for tensor in (x, *held, *others):
+    biases = () if base.bias is None else (base.bias,)
+    for tensor in (x, *held, *biases, *others):
         if type(tensor) not in (Tensor, nn.Parameter):
             raise PeftForward(f"it holds or is given a {type(tensor).__name__}")
         if tensor.device != x.device:
