@@ -112,6 +112,16 @@ def test_a_tensor_that_fits_nowhere_is_refused(key, shape, words, folders, tmp_p
     before.assert_unchanged()
 
 
+def test_a_column_of_two_columns_is_no_column(tmp_path):
+    """Taking the first would pass for a tensor of the right shape."""
+    theirs(CASES["ia3"]).save_pretrained(tmp_path)
+    tensors, key = tensors_of(tmp_path), "base_model.model.block.up.ia3_l"
+    tensors[key] = tensors[key].repeat(1, 2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(dk.AdapterFileError, match=r"ia3_l has shape \(48, 2\)"):
+        dk.load_adapter(Net(), tmp_path)
+
+
 def test_a_tensor_that_is_missing_or_not_finite_is_refused(folders, tmp_path):
     folder, file = copied(folders["lora"], tmp_path / "changed"), "adapter_model.safetensors"
     tensors = tensors_of(folder)
