@@ -208,6 +208,7 @@ class Decomposed(Holder):
         """Become the plain module again: merged values stay, unmerged adapters are dropped."""
         for name in ("adapters", "active_adapter", "disabled", "merged_adapter", "kept_base"):
             delattr(self, name)
+        self.__dict__.pop("requantization_error", None)
         hooks: Any = self._forward_hooks  # type: ignore[attr-defined]
         for key in [key for key, hook in hooks.items() if hook is _stay_in_python]:
             del hooks[key]

@@ -144,9 +144,10 @@ def trained_biases(model: nn.Module) -> list[str]:
 def merge(model: nn.Module, keep_base: bool = True, requantize: bool = False) -> nn.Module:
     """Write the active adapters into the weights: float32 arithmetic, one rounding.
 
-    keep_base keeps the base weights on the host, so that ``unmerge`` restores them bit for bit.
-    A method whose branch is no linear map refuses, and then nothing is changed.  While merged, the
-    state dict holds the merged weights and the adapters: load it only into a merged model.
+    keep_base keeps the base weights on the host (quantised ones where they are), so that
+    ``unmerge`` restores them bit for bit.  A method whose branch is no linear map refuses, and then
+    nothing is changed.  While merged, the state dict holds the merged weights and the adapters:
+    load it only into a merged model.
     requantize: where weights are quantised, merge and quantise them anew, by the library that they
     are of; ``report`` then has the error, ||quantised - merged|| / ||merged||.  Refused without it.
     """

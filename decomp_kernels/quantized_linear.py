@@ -48,6 +48,7 @@ class QuantizedLinear(nn.Module):
         return cls(weight, linear.bias).train(linear.training)
 
     def quantized_weight(self) -> QuantizedWeight:
+        """The codes and scales, as operators take them."""
         return QuantizedWeight(
             self.weight.detach(), self.weight_scale, self.weight_format, self.dtype
         )
@@ -61,6 +62,7 @@ class QuantizedLinear(nn.Module):
         return made.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """y [..., N] of x [..., K]."""
         return decomposed_linear(x, self.quantized_weight(), self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantizedLinear":
@@ -72,6 +74,7 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Shapes and format, for ``print``."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self.weight_format} of {self.dtype}"

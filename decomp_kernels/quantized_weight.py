@@ -53,12 +53,15 @@ class QuantizedWeight:
         return self.codes.device
 
     def dim(self) -> int:
+        """2."""
         return self.codes.dim()
 
     def numel(self) -> int:
+        """N K."""
         return self.shape.numel()
 
     def detach(self) -> "QuantizedWeight":
+        """Itself: it never has a gradient."""
         return self
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -59,6 +59,7 @@ PEERS = {
     ("quantized_linear", "quantized"),
     ("quantized_linear", "linear"),
     ("quantized_linear", "bitsandbytes_linear"),
+    ("bitsandbytes_linear", "linear"),
     ("bitsandbytes_linear", "quantized"),
     ("bitsandbytes_linear", "quantized_linear"),
     ("targets", "saved_modules"),
