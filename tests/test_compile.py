@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._inductor.config
 from tiny_models import adapted, tiny_llama, trained, two_linears
+from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import decomp_kernels as dk
@@ -105,6 +106,34 @@ def test_a_llama_trains_by_inductors_code_with_other_methods(method):
     run, counter = compiled(model, "inductor")
     check_training(model, run, 3)
     assert counter.frame_count == 1
+
+
+WITHOUT_GRADIENTS = {
+    **{name: cls.small() for name, cls in dk.methods().items()},
+    "boft-2": dk.BOFT(block_size=2, n_butterfly_factor=2),  # two tensors in its weight map
+}
+
+
+@pytest.mark.parametrize("weights", ["dense", "nf4", "int8"])
+@pytest.mark.parametrize("name", WITHOUT_GRADIENTS)
+def test_every_method_compiles_where_nothing_needs_a_gradient(name, weights):
+    """Functions of any number of tensors: ops/traced.py has what goes wrong at one number."""
+    model = nn.Sequential(nn.Linear(64, 64)).requires_grad_(False)
+    if weights != "dense":
+        dk.quantize(model, weights)
+    dk.adapt(model, WITHOUT_GRADIENTS[name])
+    run, counter = compiled(model, "eager")
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert relative_error(run(x), model(x)) < 1e-5
+    assert counter.frame_count == 1
+
+
+def test_a_constraint_on_one_layer_compiles_where_nothing_needs_a_gradient():
+    model = dk.adapt(nn.Sequential(nn.Linear(8, 8)), dk.LoRA(r=2))
+    run = torch.compile(dk.mpc_loss, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert run(model).item() == pytest.approx(dk.mpc_loss(model).item())
 
 
 def test_evaluation_between_steps_compiles_once_more():

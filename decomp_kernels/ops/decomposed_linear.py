@@ -196,9 +196,9 @@ class _DecomposedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, options, x, weight, bias, down, up, core, in_scale, out_scale, addend, seed, *others
-    ):
+    def forward(ctx, options, *tensors):  # not one by one: see ops/traced.py
+        x, weight, bias, down, up, core, in_scale, out_scale, addend, seed = tensors[:10]
+        others = tensors[10:]
         inputs = ctx.needs_input_grad
         asked = inputs if options.differentiated else (False,) * len(inputs)
         need: Any = Gradients(*asked[1:10])

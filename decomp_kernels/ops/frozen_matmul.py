@@ -66,7 +66,8 @@ bwd = torch.ops.decomp_kernels.frozen_matmul_bwd.default
 
 class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight_format, right, weight, *scales):
+    def forward(ctx, *given):  # not one by one: see ops/traced.py
+        weight_format, right, weight, *scales = given
         ctx.save_for_backward(weight, *scales)
         ctx.weight_format = weight_format
         return fwd(weight, _absmax(scales), weight_format, right)

@@ -90,7 +90,8 @@ bwd = torch.ops.decomp_kernels.gram_bwd.default
 
 class _GramPenalty(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kind, squared, scale, impl, down_count, *matrices):
+    def forward(ctx, *given):  # not one by one: see ops/traced.py
+        kind, squared, scale, impl, down_count, *matrices = given
         downs, ups = matrices[:down_count], matrices[down_count:]
         loss, residuals = fwd(downs, ups, kind, squared, scale, impl)
         ctx.save_for_backward(*matrices, *residuals)

@@ -3,6 +3,10 @@
 torch.compile makes a symbol of a Python float that has changed between calls, and torch.export one
 of a dynamic size.  An operator's float argument turns a symbol back into a number, and each new
 value into a new compilation; a comparison of sizes makes the program one for these sizes alone.
+
+Where nothing needs a gradient, torch.compile (2.13) calls a Function's forward without its ctx if
+it is given as many values as the signature has names.  A forward with any number of tensors can
+meet that number, unless it has no other names but *tensors.
 """
 
 import torch
