@@ -154,6 +154,8 @@ def test_merging_is_refused_or_quantises_anew_with_its_error(kind):
     nf4 = layer.base_weight().format == "nf4"
     assert 0.05 < error < 0.15 if nf4 else 0.002 < error < 0.02
     assert layer.requantization_error == pytest.approx(error, rel=1e-4)
+    state = getattr(layer, "quant_state", None)  # from which bitsandbytes repairs a lost weight's
+    assert state is getattr(layer.weight, "quant_state", None)
     assert f"quantised anew with relative error {error:.3g}" in dk.report(model)
     assert relative_error(model(x), F.linear(x.double(), made.double(), layer.bias.double())) < 0.01
     assert relative_error(model(x), y) < (0.2 if nf4 else 0.02)
@@ -202,6 +204,17 @@ def test_copies_files_and_the_way_back(kind, tmp_path):
         dk.load_adapter(nn.Sequential(plain()), tmp_path)
     dk.remove(model)
     assert type(model[0]) is type(KINDS[kind]()) and torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("kind", ["our nf4", "our int8"])
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "bias"])
+def test_one_other_code_scale_or_bias_is_another_base(kind, part, tmp_path):
+    dk.save_adapter(adapted(kind), tmp_path)
+    fresh = nn.Sequential(KINDS[kind]())
+    with torch.no_grad():
+        getattr(fresh[0], part).view(-1)[5] += 1
+    with pytest.raises(dk.AdapterFileError, match="other values"):
+        dk.load_adapter(fresh, tmp_path)
 
 
 @kinds
