@@ -79,7 +79,6 @@ class DecomposedLinear8bitLt(DecomposedQuantized, Linear8bitLt):
         self.weight = Int8Params(
             codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale
         )
-        self.state.CB = self.state.SCB = None  # the next forward takes them from the parameter
 
     def as_base_weight(self, held: QuantizedWeight) -> QuantizedWeight:
         return held

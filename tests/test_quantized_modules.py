@@ -154,6 +154,8 @@ def test_merging_is_refused_or_quantises_anew_with_its_error(kind):
     nf4 = layer.base_weight().format == "nf4"
     assert 0.05 < error < 0.15 if nf4 else 0.002 < error < 0.02
     assert layer.requantization_error == pytest.approx(error, rel=1e-4)
+    state = getattr(layer, "quant_state", None)  # from which bitsandbytes repairs a lost weight's
+    assert state is getattr(layer.weight, "quant_state", None)
     assert f"quantised anew with relative error {error:.3g}" in dk.report(model)
     assert relative_error(model(x), F.linear(x.double(), made.double(), layer.bias.double())) < 0.01
     assert relative_error(model(x), y) < (0.2 if nf4 else 0.02)
@@ -202,6 +204,17 @@ def test_copies_files_and_the_way_back(kind, tmp_path):
         dk.load_adapter(nn.Sequential(plain()), tmp_path)
     dk.remove(model)
     assert type(model[0]) is type(KINDS[kind]()) and torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("kind", ["our nf4", "our int8"])
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "bias"])
+def test_one_other_code_scale_or_bias_is_another_base(kind, part, tmp_path):
+    dk.save_adapter(adapted(kind), tmp_path)
+    fresh = nn.Sequential(KINDS[kind]())
+    with torch.no_grad():
+        getattr(fresh[0], part).view(-1)[5] += 1
+    with pytest.raises(dk.AdapterFileError, match="other values"):
+        dk.load_adapter(fresh, tmp_path)
 
 
 @kinds
@@ -383,3 +396,37 @@ def test_quantize_says_what_is_wrong_and_changes_nothing():
         dk.QuantizedLinear.from_linear(nn.Conv1d(1, 1, 1))
     with pytest.raises(TypeError, match="floating point matrix"):
         quantize_weight(torch.zeros(3), "nf4")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_that_transformers_loaded_quantised_trains(bits, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path)
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} if bits == 4 else {}
+    quantized = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantized, device_map="cpu"
+    ).train()
+    dk.adapt(model, dk.DoRA(r=4))
+    adapters = [layer for layer in model.modules() if hasattr(layer, "base_weight")]
+    assert len(adapters) == 14 and type(model.lm_head) is nn.Linear
+    assert all(quantized_weight(layer) is not None for layer in adapters)
+    model.gradient_checkpointing_enable()
+    ids = torch.randint(0, 50, (2, 12))
+    optimizer = torch.optim.AdamW(dk.param_groups(model, lr=1e-2))
+    trained = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    losses = []
+    for _ in range(4):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.1
+    moved = dict(model.named_parameters())
+    assert all(not torch.equal(moved[name], before) for name, before in trained.items())
