@@ -129,6 +129,7 @@ def reloaded(case, world, rank, found):
     for cached in (False, True):
         assert found[f"changed-{cached}"] > 0.1
         assert found[f"wrong-{cached}"] < 1e-4
+        assert found[f"forgotten-{cached}"]
 
 
 def checkpoint(case, world, rank, found):
