@@ -12,7 +12,7 @@ from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, LinearNF4, Par
 from torch import Tensor
 
 from decomp_kernels.linear import Decomposed
-from decomp_kernels.quantized import from_4bit
+from decomp_kernels.quantized import Read, from_4bit, from_8bit
 from decomp_kernels.quantized_linear import DecomposedQuantized
 from decomp_kernels.quantized_weight import QuantizedWeight
 
@@ -23,6 +23,9 @@ class _Quantized4bit(DecomposedQuantized):
     # On CPUs with AVX512-BF16 bitsandbytes would pack the weight for inference, and round its
     # scales to bfloat16, in a forward without gradients, such as that of a disabled adapter.
     support_avx512bf16_for_cpu = property(lambda self: False)
+
+    def read_weight(self) -> Read:
+        return from_4bit(self.weight)
 
     def hold_quantized(self, weight: Tensor) -> None:
         old, state = self.weight, self.weight.quant_state
@@ -61,6 +64,9 @@ class DecomposedLinearNF4(_Quantized4bit, LinearNF4):
 
 
 class DecomposedLinear8bitLt(DecomposedQuantized, Linear8bitLt):
+    def read_weight(self) -> Read:
+        return from_8bit(self)
+
     def hold_quantized(self, weight: Tensor) -> None:
         codes, scale, _ = int8_vectorwise_quant(weight.to(torch.float16))
         self.put_back_quantized(QuantizedWeight(codes, scale, "int8", torch.float32))

@@ -24,6 +24,7 @@ def set_options(model: nn.Module, *, adapter_name: str | None = None, **options:
     """
     _check_names(options)
     changed: list[tuple[Any, Method]] = []
+    made: dict[int, Method] = {}  # layers that shared a method share the new one: compilers look
     for name, layer in adapted_layers(model).items():
         wanted = layer.active_adapter if adapter_name is None else adapter_name
         if wanted not in layer.adapters:
@@ -35,7 +36,9 @@ def set_options(model: nn.Module, *, adapter_name: str | None = None, **options:
             raise RuntimeError(
                 f"{name} has adapter {layer.merged_adapter!r} merged; call unmerge(model) first"
             )
-        changed.append((adapter, replace(adapter.method, **options)))
+        old = adapter.method
+        made.setdefault(id(old), replace(old, **options))
+        changed.append((adapter, made[id(old)]))
     if not changed:
         which = "active adapter" if adapter_name is None else f"adapter {adapter_name!r}"
         raise ValueError(

@@ -13,7 +13,7 @@ from decomp_kernels.linear import Decomposed
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 from decomp_kernels.ops.quantize import quantize_weight
 from decomp_kernels.ops.tiled_weight import dense, tiled
-from decomp_kernels.quantized import quantized_weight, torchao_weight, why_not_quantized
+from decomp_kernels.quantized import Read, torchao_weight
 from decomp_kernels.quantized_weight import QuantizedWeight
 
 
@@ -81,12 +81,15 @@ class QuantizedLinear(nn.Module):
 class DecomposedQuantized(Decomposed):
     """Mixed in before a module that has a quantised weight."""
 
+    def read_weight(self) -> Read:
+        """The weight, or why it cannot be used any more."""
+        raise NotImplementedError
+
     def base_weight(self) -> QuantizedWeight:
-        weight = quantized_weight(self)  # type: ignore[arg-type]
-        if weight is None:
-            reason = why_not_quantized(self)  # type: ignore[arg-type]
-            raise RuntimeError(f"the quantised weight cannot be used any more: {reason}")
-        return weight
+        read = self.read_weight()
+        if isinstance(read, str):
+            raise RuntimeError(f"the quantised weight cannot be used any more: {read}")
+        return read
 
     def hold_weight(self, weight: Tensor) -> None:
         self.hold_quantized(weight)
@@ -108,6 +111,9 @@ class DecomposedQuantized(Decomposed):
 
 
 class DecomposedQuantizedLinear(DecomposedQuantized, QuantizedLinear):
+    def read_weight(self) -> QuantizedWeight:
+        return self.quantized_weight()
+
     def hold_quantized(self, weight: Tensor) -> None:
         now = self.base_weight()
         block = tiled(now, "auto").block if now.format == "nf4" else None
@@ -129,7 +135,7 @@ class DecomposedQuantizedLinear(DecomposedQuantized, QuantizedLinear):
 class DecomposedTorchaoLinear(DecomposedQuantized, nn.Linear):  # type: ignore[misc]
     """An nn.Linear whose weight is an Int8Tensor of torchao."""
 
-    def base_weight(self) -> QuantizedWeight:  # without a look at its values in each forward
+    def read_weight(self) -> QuantizedWeight:  # without a look at its values in each forward
         return torchao_weight(self.weight)
 
     def hold_quantized(self, weight: Tensor) -> None:

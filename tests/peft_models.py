@@ -15,6 +15,7 @@ CONFIGS = {
     "lora-dropout": peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.3),
     "rslora": peft.LoraConfig(r=4, use_rslora=True),
     "lora-bias": peft.LoraConfig(r=4, lora_bias=True),
+    "lora-trained-bias": peft.LoraConfig(r=4, bias="lora_only"),  # the base's own
     "pissa": peft.LoraConfig(r=4, init_lora_weights="pissa"),
     "dora": peft.LoraConfig(r=4, lora_alpha=6, use_dora=True),
     "dora-dropout": peft.LoraConfig(r=4, lora_alpha=6, use_dora=True, lora_dropout=0.3),

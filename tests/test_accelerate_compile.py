@@ -1,4 +1,4 @@
-"""accelerate under torch.compile: no graph break and no recompilation, where PEFT's DoRA has both."""
+"""accelerate under torch.compile: no graph break and no recompilation, where PEFT's DoRA breaks."""
 
 import copy
 

@@ -274,6 +274,16 @@ def test_restore_is_exact(name):
     assert torch.equal(stock(x), expected)
 
 
+def test_no_other_model_is_touched():
+    earlier, model = peft_model("lora"), peft_model("lora")
+    classes = [peft.tuners.lora.layer.Linear, nn.Linear]
+    before = [dict(vars(cls)) for cls in classes]
+    dk.accelerate(model)
+    assert [dict(vars(cls)) for cls in classes] == before
+    for other in (earlier, peft_model("lora")):
+        assert type(other.base_model.model.first) is peft.tuners.lora.layer.Linear
+
+
 @pytest.mark.parametrize("name", ["lora", "dora", "adalora", "oft", "vera"])
 def test_copies_and_files(name, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -328,12 +338,11 @@ def test_the_report_has_every_layer_and_says_why():
     model(ids)
     model.merge_adapter()
     model(ids)
-    lines = dk.report(model).splitlines()
-    assert lines == [
-        "base_model.model.embed: not accelerated, there is no form for "
-        "peft.tuners.lora.layer.Embedding",
+    no_form = "not accelerated, there is no form for peft.tuners.lora.layer"
+    assert dk.report(model).splitlines() == [
+        f"base_model.model.embed: {no_form}.Embedding",
         "base_model.model.linear: accelerated, 1 fused, PEFT's own: 1 merged",
-        "base_model.model.conv: not accelerated, there is no form for peft.tuners.lora.layer.Conv2d",
+        f"base_model.model.conv: {no_form}.Conv2d",
     ]
     dk.restore(model)
     assert "linear: not accelerated, accelerate was not called" in dk.report(model)
@@ -358,6 +367,17 @@ def test_a_layer_whose_forward_was_replaced_is_left_alone():
     with pytest.warns(UserWarning, match="first: its forward was replaced"):
         dk.accelerate(model)
     assert list(accelerated_layers(model)) == ["base_model.model.second"]
+
+
+def test_restore_is_refused_where_a_forward_was_wrapped_since():
+    _, fast, _ = pair()
+    layer = fast.base_model.model.second
+    layer.forward = layer.forward  # as accelerate's add_hook_to_module leaves it
+    with pytest.raises(ValueError, match="second was replaced .* after accelerate"):
+        dk.restore(fast)
+    assert len(accelerated_layers(fast)) == BOTH  # nothing was changed
+    del layer.forward
+    assert not accelerated_layers(dk.restore(fast))
 
 
 def test_a_transformers_model_with_an_adapter():

@@ -330,7 +330,8 @@ def test_what_the_json_says(tmp_path):
     assert said["format_version"] == 1
     assert said["adapter_name"] == "default"
     (method,) = said["methods"]
-    options = {"r": 3, "alpha": 6, "dropout": 0.0, "use_rslora": False, "activation": "identity"}
+    options = {"r": 3, "alpha": 6, "dropout": 0.0, "use_rslora": False, "activation": "identity",
+               "lora_bias": False}  # fmt: skip
     assert method == {"name": "lora", "options": options}
     assert said["tensors"]["layers.first.down"] == {"dtype": "float32", "shape": [3, 16]}
     assert said["layers"]["second"]["bias"] is False

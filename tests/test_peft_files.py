@@ -185,6 +185,12 @@ def test_hira_whose_rank_pattern_peft_did_not_follow(tmp_path):
     stock.save_pretrained(tmp_path)
     model = dk.load_adapter(Net(), tmp_path)
     assert relative_error(model(inputs()), stock(inputs())) < 1e-12
+    tensors, up = tensors_of(tmp_path), "base_model.model.block.up.hira_"
+    tensors[f"{up}A"] = tensors[f"{up}A"][:2].clone()  # as a PEFT that follows it writes it
+    tensors[f"{up}B"] = tensors[f"{up}B"][:, :2].clone()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = dk.load_adapter(Net(), tmp_path)
+    assert [m.adapters["default"].method.r for m in adapted_layers(model).values()] == [2, 4, 4]
 
 
 def test_pefts_layers_to_transform(tmp_path):

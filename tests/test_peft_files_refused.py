@@ -53,6 +53,8 @@ FIELDS = [
     ("adalora", {"rank_pattern": {"block.up.lora_E": [True]}}, "rank_pattern must have init_r = 4"),
     ("vera", {"r": 7}, "must have shape"),
     ("oft", {"block_share": True}, "must have shape"),
+    ("oft", {"peft_version": "0.17.1"}, "must be of PEFT 0.18 or later"),
+    ("oft", {"peft_version": None}, "must be of PEFT 0.18 or later"),
 ]
 
 
@@ -108,6 +110,16 @@ def test_a_tensor_that_fits_nowhere_is_refused(key, shape, words, folders, tmp_p
     with pytest.raises(dk.AdapterFileError, match=words):
         dk.load_adapter(model, folder)
     before.assert_unchanged()
+
+
+def test_a_column_of_two_columns_is_no_column(tmp_path):
+    """Taking the first would pass for a tensor of the right shape."""
+    theirs(CASES["ia3"]).save_pretrained(tmp_path)
+    tensors, key = tensors_of(tmp_path), "base_model.model.block.up.ia3_l"
+    tensors[key] = tensors[key].repeat(1, 2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(dk.AdapterFileError, match=r"ia3_l has shape \(48, 2\)"):
+        dk.load_adapter(Net(), tmp_path)
 
 
 def test_a_tensor_that_is_missing_or_not_finite_is_refused(folders, tmp_path):

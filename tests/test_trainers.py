@@ -27,9 +27,10 @@ def _run(script: str, *, launcher: tuple[str, ...] = ()) -> dict:
 def _python(*arguments: str, folder: Path) -> str:
     """What it prints, on one thread, without a GPU and without a network."""
     pytest.importorskip("transformers")
+    path = os.environ.get("PYTHONPATH")
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [path])]),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

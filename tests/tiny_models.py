@@ -28,9 +28,9 @@ def two_linears(features=24):
     return nn.Sequential(nn.Linear(features, 40), nn.Tanh(), nn.Linear(40, 16))
 
 
-def adapted(model, method, size=0.1):
+def adapted(model, method, size=0.1, **options):
     """``method`` on the model, its trained tensors moved so that they change the output."""
-    dk.adapt(model, method)
+    dk.adapt(model, method, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in model.parameters():

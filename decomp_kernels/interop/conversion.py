@@ -34,7 +34,8 @@ def convert(
         report = as_lora(base, rank=rank) if to == "lora" else None
         save_adapter(base, target, format=form)
         return report
-    description, tensors = read_folder(source)
+    description, read_tensors = read_folder(source)
+    tensors = read_tensors()
     report = None
     if to == "lora":
         description, tensors, report = _lora_of(description, tensors, rank)
@@ -51,9 +52,9 @@ def _lora_of(
     table = {key: description.tensors[key] for key in own}
     model = stand_in_model(description, own)
     alone = replace(description, modules={}, biases=[], tensors=table)
-    install(model, alone, own, None, allow_other_base=True)
+    install(model, alone, lambda: own, None, allow_other_base=True)
     report = as_lora(model, rank=rank)
-    made, own = contents(model, None)
+    made, lora = contents(model, None)
     layers = {
         path: (index, description.layers[path][1]) for path, (index, _) in made.layers.items()
     }
@@ -61,4 +62,4 @@ def _lora_of(
         made, layers=layers, modules=description.modules, biases=description.biases,
         tensors=made.tensors | {key: description.tensors[key] for key in others},
     )  # fmt: skip
-    return made, own | others, report
+    return made, lora | others, report

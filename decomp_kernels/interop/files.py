@@ -7,6 +7,7 @@ A format is a file that reads and writes a folder: own_folder.py, peft/folder.py
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,11 @@ def write_folder(
 
 def read_folder(
     folder: Path, shapes: Shapes | None = None
-) -> tuple[Description, dict[str, Tensor]]:
-    """The adapter in ``folder``, whichever its format.  shapes: (N, K) of the model's linears."""
+) -> tuple[Description, Callable[[], dict[str, Tensor]]]:
+    """The adapter in ``folder``, whichever its format: its description, and what reads its tensors.
+
+    shapes: (N, K) of the model's linears, where there is a model.
+    """
     present = [name for name, file in FORMATS.items() if (folder / file).is_file()]
     if not present:
         raise FileNotFoundError(
@@ -109,7 +113,8 @@ def read_folder(
             "keep one of them"
         )
     if present == ["peft"]:
-        return from_peft(*peft_folder.read(folder), shapes)
+        description, tensors = from_peft(*peft_folder.read(folder), shapes)
+        return description, lambda: tensors
     return own_folder.read(folder)
 
 

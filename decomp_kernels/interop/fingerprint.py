@@ -71,7 +71,10 @@ def unmerged_base(layer: Decomposed) -> tuple[Tensor | QuantizedWeight, Tensor |
         return None
     held, bias = layer.kept_base
     weight = layer.as_base_weight(held)
-    return weight, None if bias is None else bias.to(weight.dtype)
+    if bias is not None:
+        now = layer.bias if isinstance(weight, QuantizedWeight) else weight
+        bias = bias.to(now.dtype)  # type: ignore[union-attr]
+    return weight, bias
 
 
 def difference(saved: BaseRecord, found: BaseRecord) -> str | None:

@@ -3,6 +3,7 @@
 Everything is checked and made first; only then is anything of the model changed.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,17 +27,17 @@ from decomp_kernels.saved_modules import trained_copies
 def install(
     model: nn.Module,
     description: Description,
-    tensors: dict[str, Tensor],
+    tensors: Callable[[], dict[str, Tensor]],
     adapter_name: str | None,
     allow_other_base: bool,
 ) -> None:
-    """See ``load_adapter``; the description and tensors are what a folder was read as."""
+    """See ``load_adapter``; description and tensors are what ``read_folder`` returned."""
     name = description.adapter_name if adapter_name is None else adapter_name
     check_adapter_name(name)
     check_can_add(model, name, trains_biases=bool(description.biases))
     _check_free(model, name)
     fitted = fit(model, description, allow_other_base)
-    values = _values(tensors, fitted)
+    values = _values(tensors(), fitted)
     adapters = _filled(fitted, values, description)
     for path, module in fitted.copies.items():
         module.load_state_dict({key: values[module_key(path, key)] for key in module.state_dict()})

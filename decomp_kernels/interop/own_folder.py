@@ -11,8 +11,10 @@ import hashlib
 import os
 import re
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,13 @@ LARGEST_JSON = 256 * 2**20
 _OURS = re.compile(r"adapter-[0-9a-f]{16}\.safetensors|\.[0-9a-f]{16}\.tmp")
 
 
-def read(folder: Path) -> tuple[Description, dict[str, Tensor]]:
-    """Raises AdapterFileError where the two files are damaged or do not belong together."""
+def read(folder: Path) -> tuple[Description, Callable[[], dict[str, Tensor]]]:
+    """The description, and what reads the tensors: large, and in vain for another base.
+
+    Both raise AdapterFileError where the two files are damaged or do not belong together.
+    """
     description = from_text(read_text(folder / JSON))
-    return description, _read_tensors(folder, description)
+    return description, partial(_read_tensors, folder, description)
 
 
 def write(folder: Path, description: Description, tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What became of each module: adapted here, or PEFT's and accelerated, or not and why."""
+"""What became of each module of a model: adapted, or PEFT's and accelerated, or not and why."""
 
 from torch import nn
 

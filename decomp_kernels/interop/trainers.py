@@ -138,7 +138,7 @@ class SaveAdapterCallback(TrainerCallback):
 
     The Trainer's own files hold the whole model, frozen weights included, and are what it resumes
     from; this is what ``load_adapter`` takes.  With load_best_model_at_end the last one is of the
-    best model.
+    best model.  Not for hyperparameter_search, whose checkpoints lie in other folders.
     """
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

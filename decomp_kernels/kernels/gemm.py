@@ -37,15 +37,15 @@ def by_weight_t(x: Tensor, weight: Any, start: Tensor | None) -> Tensor:
             return F.linear(x, weight, start)
         return accumulate(start, x, weight.T)
     if start is not None and start.dim() == 2:
-        for rows, tile in weight.row_tiles(x.dtype):
-            accumulate(start[:, rows], x, tile.T)
+        weight.each_row_tile(x.dtype, lambda rows, W: accumulate(start[:, rows], x, W.T))
         return start
     out = x.new_empty(x.shape[0], weight.shape[0])
-    for rows, tile in weight.row_tiles(x.dtype):
-        if start is None:
-            torch.mm(x, tile.T, out=out[:, rows])
-        else:
-            torch.addmm(start[rows], x, tile.T, out=out[:, rows])
+    if start is None:
+        weight.each_row_tile(x.dtype, lambda rows, W: torch.mm(x, W.T, out=out[:, rows]))
+    else:
+        weight.each_row_tile(
+            x.dtype, lambda rows, W: torch.addmm(start[rows], x, W.T, out=out[:, rows])
+        )
     return out
 
 
@@ -53,12 +53,11 @@ def by_weight(g: Tensor, weight: Any, start: Tensor | None) -> Tensor:
     """start + g [M, N] @ weight, [M, K].  start: the caller's own [M, K].  weight: as above."""
     if isinstance(weight, Tensor):
         return g @ weight if start is None else accumulate(start, g, weight)
-    out = g.new_empty(g.shape[0], weight.shape[1]) if start is None else start
-    for cols, tile in weight.column_tiles(g.dtype):
-        if start is None:
-            torch.mm(g, tile, out=out[:, cols])
-        else:
-            accumulate(out[:, cols], g, tile)
+    if start is not None:
+        weight.each_column_tile(g.dtype, lambda cols, W: accumulate(start[:, cols], g, W))
+        return start
+    out = g.new_empty(g.shape[0], weight.shape[1])
+    weight.each_column_tile(g.dtype, lambda cols, W: torch.mm(g, W, out=out[:, cols]))
     return out
 
 

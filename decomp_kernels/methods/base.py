@@ -302,7 +302,10 @@ class Method:
             factors.scale, self.impl,
         )  # fmt: skip
         bias = base.bias if factors.bias is None else factors.bias
-        return merged.to(base.weight.dtype), None if bias is None else bias.to(base.weight.dtype)
+        dtype = base.weight.dtype
+        if base.bias is not None and not isinstance(base.weight, Tensor):
+            return merged.to(dtype), bias.to(base.bias.dtype)  # type: ignore[union-attr]
+        return merged.to(dtype), None if bias is None else bias.to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,6 +42,8 @@ def check_arguments(
     dropout: float,
 ) -> None:
     """Raise ValueError or TypeError where the arguments of decomposed_linear do not fit."""
+    if isinstance(weight, QuantizedWeight):
+        check_quantized(weight)
     if weight.dim() != 2:
         raise ValueError(f"weight must be [N, K], got shape {tuple(weight.shape)}")
     N, K = weight.shape
@@ -52,9 +54,8 @@ def check_arguments(
         )
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
-    if isinstance(weight, QuantizedWeight):
-        check_quantized(weight)
-    elif x.dtype != weight.dtype and autocast_dtype(x) is None:
+    quantized = isinstance(weight, QuantizedWeight)
+    if x.dtype != weight.dtype and autocast_dtype(x) is None and not quantized:
         raise TypeError(
             f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}; "
             "convert x or run under torch.autocast"

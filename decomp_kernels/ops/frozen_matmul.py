@@ -28,9 +28,8 @@ def _fwd(weight, weight_scale, weight_format, right):
     if weight_scale is None:
         return gemm.project(weight, right)
     out = right.new_empty(weight.shape[0], right.shape[1])
-    tiles = TiledWeight(weight, weight_scale, weight_format, "auto").row_tiles(right.dtype)
-    for rows, tile in tiles:
-        torch.mm(tile, right, out=out[rows])
+    tiled = TiledWeight(weight, weight_scale, weight_format, "auto")
+    tiled.each_row_tile(right.dtype, lambda rows, W: torch.mm(W, right, out=out[rows]))
     return out
 
 
@@ -40,8 +39,7 @@ def _bwd(weight, weight_scale, weight_format, dy):
     if weight_scale is not None:
         tiled = TiledWeight(weight, weight_scale, weight_format, "auto")
         out = dy.new_empty(tiled.shape[1], dy.shape[1])
-        for cols, tile in tiled.column_tiles(dy.dtype):
-            torch.mm(tile.T, dy, out=out[cols])
+        tiled.each_column_tile(dy.dtype, lambda cols, W: torch.mm(W.T, dy, out=out[cols]))
         return out
     if weight.dtype == dy.dtype:
         return weight.T @ dy

@@ -108,8 +108,9 @@ def squared_rows(weight: Tensor | QuantizedWeight) -> Tensor:
         return squared_rows_op(weight)
     wide = torch.promote_types(weight.dtype, torch.float32)
     out = torch.empty(weight.shape[0], dtype=wide, device=weight.device)
-    for rows, tile in tiled(weight, "auto").row_tiles(wide):
-        out[rows] = tile.square_().sum(1)
+    tiled(weight, "auto").each_row_tile(
+        wide, lambda rows, W: torch.sum(W.square_(), 1, out=out[rows])
+    )
     return out
 
 

@@ -3,10 +3,10 @@
     y[:, rows] = x tile^T    over tiles of rows        dx[:, cols] = g tile    over tiles of columns
 
 Each element of a product comes from one GEMM over the whole sum, so it is rounded once, as with a
-dense weight.  Two tiles exist while one follows another.
+dense weight.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import gcd
 
 import torch
@@ -18,7 +18,7 @@ from decomp_kernels.ops.dequantize import op as dequantize
 from decomp_kernels.quantized_weight import QuantizedWeight, absmax, dense_shape
 from decomp_kernels.reference.dequantize import block_size
 
-TILE_ELEMENTS = 1 << 19  # docs/quantized.md has what other sizes cost
+TILE_ELEMENTS = 1 << 20  # docs/quantized.md has what other sizes cost
 
 
 class TiledWeight:
@@ -52,29 +52,28 @@ class TiledWeight:
         N, K = self.shape
         return self._tile(self.codes, self.absmax, N, K, dtype)
 
-    def row_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Tiles [n, K] that cover the rows; of nf4 each begins with a block."""
-        N, K = self.shape
-        block = self.block
+    def each_row_tile(self, dtype: torch.dtype, use: Callable[[slice, Tensor], object]) -> None:
+        """use(rows, tile [n, K]) of tiles that cover the rows; of nf4 each begins with a block."""
+        (N, K), block = self.shape, self.block
         for rows in slices(N, self._elements() // K, block // gcd(block, K)):
             blocks = slice(rows.start * K // block, -(-rows.stop * K // block))
-            yield (
-                rows,
-                self._tile(self.codes[rows], self.absmax[blocks], rows.stop - rows.start, K, dtype),
-            )
+            absmax = self.absmax[blocks]
+            use(rows, self._tile(self.codes[rows], absmax, rows.stop - rows.start, K, dtype))
 
-    def column_tiles(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """Tiles [N, k] that cover the columns; one of all where the blocks of nf4 span rows."""
+    def each_column_tile(self, dtype: torch.dtype, use: Callable[[slice, Tensor], object]) -> None:
+        """use(cols, tile [N, k]) of tiles that cover the columns; one of all where the blocks of
+        nf4 span rows.
+        """
         (N, K), block = self.shape, self.block
         if K % block:
-            yield slice(0, K), self.dense(dtype)
+            use(slice(0, K), self.dense(dtype))
             return
         in_a_byte = K // self.codes.shape[1]
         scales = self.absmax.view(N, K // block)
         for cols in slices(K, self._elements() // N, block if self.format == "nf4" else 1):
             codes = self.codes[:, cols.start // in_a_byte : cols.stop // in_a_byte].contiguous()
             some = scales[:, cols.start // block : -(-cols.stop // block)].contiguous()
-            yield cols, self._tile(codes, some.flatten(), N, cols.stop - cols.start, dtype)
+            use(cols, self._tile(codes, some.flatten(), N, cols.stop - cols.start, dtype))
 
     def _elements(self) -> int:
         return dispatch.block_elements(self.device, TILE_ELEMENTS)

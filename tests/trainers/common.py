@@ -1,7 +1,8 @@
 """What the scripts of this folder share: a tiny Llama, its data, and how to look at a run.
 
 Each script runs in a process of its own, because the libraries it meets keep global state, and
-prints one JSON object, on which tests/test_trainers.py asserts.
+prints one JSON object, on which tests/test_trainers.py asserts.  By hand, with cases to choose:
+PYTHONPATH=.:tests python tests/trainers/with_trainer.py mpc saving
 """
 
 import json
@@ -10,36 +11,21 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import torch
+from tiny_models import tiny_llama
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import decomp_kernels as dk
 
 torch.set_num_threads(1)
 
-VOCABULARY, LENGTH = 64, 12
+VOCABULARY, LENGTH = 64, 12  # the first is tiny_llama's
 
 
 def llama(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        **options,
-    )
-    return LlamaForCausalLM(config)
+    return tiny_llama(pad_token_id=0, bos_token_id=1, eos_token_id=2, **options)
 
 
 def data(rows: int = 64) -> list[dict[str, Any]]:

@@ -45,8 +45,18 @@ def accelerate(model: nn.Module) -> nn.Module:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Give accelerated layers PEFT's own classes back, in place; returns the model."""
-    for layer in _accelerated_layers(model).values():
+    """Give accelerated layers PEFT's own classes back, in place; returns the model.
+
+    Raises ValueError where something wrapped a layer's forward since, for that holds on to ours.
+    """
+    layers = _accelerated_layers(model)
+    wrapped = [name for name, layer in layers.items() if "forward" in vars(layer)]
+    if wrapped:
+        raise ValueError(
+            f"the forward of {wrapped[0]} was replaced on the layer itself after accelerate; take "
+            "that off first, for example with accelerate.hooks.remove_hook_from_module"
+        )
+    for layer in layers.values():
         del layer.fused
         layer.__class__ = type(layer).__bases__[1]
     return model

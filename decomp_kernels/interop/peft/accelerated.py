@@ -35,7 +35,7 @@ PARTS = (
 
 
 class PeftForward(Exception):
-    """Raised while a forward is planned, caught where it is run."""
+    """No error: why a forward is PEFT's own.  Raised where it is planned, caught where it runs."""
 
 
 class View:
@@ -120,7 +120,7 @@ class Accelerated:
         named = method.peft_form.tensors
         found = {name: find(self, tensor, active[0]) for name, tensor in named.items()}
         theirs = {name: tensor for name, tensor in found.items() if tensor is not None}
-        check_tensors(x, base.weight, list(theirs.values()))
+        check_tensors(x, base, list(theirs.values()))
         view = View({name: named[name].ours(tensor) for name, tensor in theirs.items()})
         plan = Plan(method, view, base, active[0])
         self.check_precision(plan, x)
@@ -230,10 +230,12 @@ def check_hooks(module: nn.Module, name: str) -> None:
         raise PeftForward(f"{name} has hooks")
 
 
-def check_tensors(x: Tensor, weight: Tensor | QuantizedWeight, others: list[Tensor]) -> None:
-    quantized = isinstance(weight, QuantizedWeight)
-    base = [weight] if isinstance(weight, Tensor) else weight.tensors()
-    for tensor in (x, *base, *others):
+def check_tensors(x: Tensor, base: Base, others: list[Tensor]) -> None:
+    """others: the adapter's."""
+    weight = base.weight
+    held = weight.tensors() if isinstance(weight, QuantizedWeight) else (weight,)
+    biases = () if base.bias is None else (base.bias,)
+    for tensor in (x, *held, *biases, *others):
         if type(tensor) not in (Tensor, nn.Parameter):
             raise PeftForward(f"it holds or is given a {type(tensor).__name__}")
         if tensor.device != x.device:
@@ -242,7 +244,7 @@ def check_tensors(x: Tensor, weight: Tensor | QuantizedWeight, others: list[Tens
         return
     dtypes = {tensor.dtype for tensor in others if tensor.is_floating_point()}
     allowed = (x.dtype, torch.promote_types(x.dtype, torch.float32))
-    fits = quantized or x.dtype == weight.dtype
+    fits = isinstance(weight, QuantizedWeight) or x.dtype == weight.dtype
     if not fits or len(dtypes) != 1 or not dtypes.issubset(allowed):
         listed = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise PeftForward(f"x is {x.dtype}, its weight {weight.dtype}, its adapter {listed}")

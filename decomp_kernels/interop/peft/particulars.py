@@ -1,5 +1,6 @@
 """What single configurations of PEFT need beyond their PeftForm."""
 
+import re
 from math import isqrt
 from typing import Any
 
@@ -18,6 +19,7 @@ def read_layer(
         case "ADALORA":
             _restore_ranks(config, path, options, theirs)
         case "OFT":
+            _check_rotation(config)
             options |= _oft_sizes(options, theirs["oft_R.weight"])
         case "BOFT":  # one, whatever was asked for, where PEFT's CUDA extension was not
             options["n_butterfly_factor"] = theirs["boft_R"].shape[0]
@@ -45,6 +47,17 @@ def _restore_ranks(
         shape[dim] = len(kept)
         places = kept.nonzero().flatten()
         theirs[name] = theirs[name].new_zeros(shape).index_copy(dim, places, theirs[name])
+
+
+def _check_rotation(config: dict[str, Any]) -> None:
+    """PEFT 0.18, the first that writes its version, made another rotation of the same numbers."""
+    version = re.match(r"(\d+)\.(\d+)", config.get("peft_version") or "0.0")
+    old = version is None or (int(version[1]), int(version[2])) < (0, 18)
+    if old and config.get("use_cayley_neumann", False):
+        raise AdapterFileError(
+            "OFT with use_cayley_neumann=True must be of PEFT 0.18 or later, which changed what "
+            f"the numbers mean, got peft_version={config.get('peft_version')!r}; use that PEFT"
+        )
 
 
 def _oft_sizes(options: dict[str, Any], rotation: Tensor) -> dict[str, Any]:
