@@ -152,10 +152,11 @@ def dropout(case, world, rank, found):
 
 def tensor(case, world, rank, found):
     if case == "tensor-refused":
-        norms, branch, method = found["said"]
+        norms, branch, method, quantized = found["said"]
         assert "row norms go over the columns of all ranks" in norms
         assert "relu in its branch" in branch
         assert "adapters of dora, ia3, lora, ssb, ssl" in method
+        assert "got a DecomposedTorchaoLinear" in quantized
         return
     assert found["wrong"] == 0, found["first"]
     assert found["moved"] > 1e-3
