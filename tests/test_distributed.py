@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import ranks
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+import decomp_kernels as dk
 
 LINEARS, TARGETED, STEPS = 28, 12, 3  # of the Llama in distributed_model.py
 
@@ -129,6 +133,7 @@ def reloaded(case, world, rank, found):
     for cached in (False, True):
         assert found[f"changed-{cached}"] > 0.1
         assert found[f"wrong-{cached}"] < 1e-4
+        assert found[f"forgotten-{cached}"]
 
 
 def checkpoint(case, world, rank, found):
@@ -147,10 +152,11 @@ def dropout(case, world, rank, found):
 
 def tensor(case, world, rank, found):
     if case == "tensor-refused":
-        norms, branch, method = found["said"]
+        norms, branch, method, quantized = found["said"]
         assert "row norms go over the columns of all ranks" in norms
         assert "relu in its branch" in branch
         assert "adapters of dora, ia3, lora, ssb, ssl" in method
+        assert "got a DecomposedTorchaoLinear" in quantized
         return
     assert found["wrong"] == 0, found["first"]
     assert found["moved"] > 1e-3
@@ -213,3 +219,14 @@ def test_every_case(tmp_path):
         assert len(found) > 50
         for case, found_by in found.items():
             check(case, world, found_by)
+
+
+def test_fsdp1_is_refused():
+    """Which cannot be built on a CPU: a shell of its class is what is looked at."""
+    flat = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
+    nn.Module.__init__(flat)
+    flat._modules["_fsdp_wrapped_module"] = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), flat)
+    for attempt in (lambda: dk.save_adapter(model, "nowhere"), lambda: dk.adapt(model, dk.LoRA())):
+        with pytest.raises(RuntimeError, match="FSDP1"):
+            attempt()

@@ -22,7 +22,7 @@ from torch.distributed.tensor import (
 )
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
-from decomp_kernels.linear import Decomposed
+from decomp_kernels.linear import Decomposed, DecomposedLinear
 from decomp_kernels.methods.base import Adapter, Base
 
 # The dimension that a tensor is split along, by its name; the others are replicated.
@@ -112,6 +112,11 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _check_methods(layer: Decomposed) -> None:
+    if not isinstance(layer, DecomposedLinear):
+        raise ValueError(
+            f"tensor parallel splits adapted nn.Linear layers, got a {type(layer).__name__}; leave "
+            "it out of the plan"
+        )
     for name, adapter in layer.adapters.items():
         method: Any = adapter.method
         if method.name not in METHODS:
