@@ -138,6 +138,16 @@ def test_dora_follows_a_base_weight_that_changes():
     assert not layer.fused.norms
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_dora_follows_a_start_that_changes_the_base_weight(start):
+    _, fast, x = pair("dora")
+    fast.float()(x.float())
+    config = peft.LoraConfig(r=2, init_lora_weights=start, target_modules=["first", "second"])
+    fast.add_adapter("other", config)
+    stock = dk.restore(copy.deepcopy(fast))
+    assert relative_error(fast(x.float()), stock(x.float())) < 1e-5
+
+
 def add_hook(which):
     def add(layer):
         module = {"base": layer.base_layer, "lora_A": layer.lora_A["default"]}[which]
