@@ -201,6 +201,10 @@ def parametrize(layer):
     nn.utils.parametrize.register_parametrization(layer.base_layer, "weight", nn.Identity())
 
 
+def wrap_base(layer):  # as trainable_token_indices does with a tied lm_head
+    layer.base_layer = nn.Sequential(layer.base_layer)
+
+
 REASONS = {
     add_hook("base"): "its base layer has hooks",
     add_hook("lora_A"): "its lora_A has hooks",
@@ -212,6 +216,7 @@ REASONS = {
     no_casting: "the casting of its input is disabled",
     replace_forward: "its base layer has hooks",
     parametrize: "its base layer is torch.nn.utils.parametrize.ParametrizedLinear",
+    wrap_base: "its base layer is torch.nn.modules.container.Sequential",
 }
 
 

@@ -183,16 +183,18 @@ def find(layer: Any, tensor: PeftTensor, adapter: str) -> Tensor | None:
 def base_of(module: nn.Module, x: Tensor) -> Base:
     """A linear that holds a plain weight, or a quantised one that we read."""
     kind = type(module)
+    if kind not in (nn.Linear, Conv1D) and not kind.__module__.startswith("bitsandbytes."):
+        raise PeftForward(f"its base layer is {class_name(module)}")
     weight: Any = module.weight
     bias: Any = module.bias
     if kind in (nn.Linear, Conv1D) and type(weight) is nn.Parameter:
         if weight.requires_grad:
             raise PeftForward("its base weight trains")
         weight = weight.T if kind is Conv1D else weight
-    elif kind is nn.Linear or kind.__module__.startswith("bitsandbytes."):
-        weight = quantized_base(module, x)
+    elif kind is Conv1D:
+        raise PeftForward(f"its weight is a {type(weight).__name__}")
     else:
-        raise PeftForward(f"its base layer is {class_name(module)}")
+        weight = quantized_base(module, x)
     check_hooks(module, "its base layer")
     return Base(weight, bias, weight.dtype)
 
