@@ -148,6 +148,19 @@ def test_dora_follows_a_start_that_changes_the_base_weight(start):
     assert relative_error(fast(x.float()), stock(x.float())) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "hira"])
+def test_transforms_of_torch_func_are_pefts(name):
+    stock, fast, x = pair(name)
+    for transformed in (torch.func.vmap, torch.func.jacrev, torch.func.jacfwd):
+        y, expected = (transformed(model)(x) for model in (fast, stock))
+        assert relative_error(y, expected) < 1e-12
+    with torch.autograd.forward_ad.dual_level():
+        fast(torch.autograd.forward_ad.make_dual(x, x))
+    assert "torch.func" in dk.report(fast)
+    last_calls(fast)
+    same(stock, fast, x, "fused")
+
+
 def add_hook(which):
     def add(layer):
         module = {"base": layer.base_layer, "lora_A": layer.lora_A["default"]}[which]

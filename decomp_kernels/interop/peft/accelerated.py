@@ -99,6 +99,8 @@ class Accelerated:
 
     def _plan(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         layer: Any = self
+        if in_transform():
+            raise PeftForward("inside a transform of torch.func or forward-mode AD")
         further = [name for name, value in kwargs.items() if value is not None]
         if args or further:
             raise PeftForward(f"called with {', '.join(further) or 'further arguments'}")
@@ -156,6 +158,17 @@ def live(method: type[Method], **options: Any) -> Any:
     for name, value in options.items():
         object.__setattr__(made, name, value)
     return made
+
+
+def in_transform() -> bool:
+    """Whether grad, vmap, jvp, ... of torch.func are at work, which our functions have no rules for.
+
+    What a compiler traces it differentiates by itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return functorch or torch.autograd.forward_ad._current_level >= 0
 
 
 def scale_of(scale: Any) -> float:
