@@ -161,7 +161,7 @@ def live(method: type[Method], **options: Any) -> Any:
 
 
 def in_transform() -> bool:
-    """Whether grad, vmap, jvp, ... of torch.func are at work, which our functions have no rules for.
+    """Whether torch.func (grad, vmap, ...) is at work, for which our functions have no rules.
 
     What a compiler traces it differentiates by itself.
     """
