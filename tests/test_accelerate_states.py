@@ -388,6 +388,14 @@ def test_models_without_peft_layers_are_refused(monkeypatch):
         dk.accelerate(Model())
 
 
+def test_our_own_switches_do_not_pass_over_pefts_adapters():
+    model = dk.accelerate(peft_model("lora"))
+    with pytest.raises(ValueError, match=r"use PEFT's model.disable_adapter\(\)"):
+        dk.disable(model).__enter__()
+    with pytest.raises(ValueError, match=r"use PEFT's model.merge_adapter\(\)"):
+        dk.merge(model)
+
+
 def test_a_layer_whose_forward_was_replaced_is_left_alone():
     model = peft_model("lora")
     layer = model.base_model.model.first
