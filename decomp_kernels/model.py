@@ -5,6 +5,7 @@ it finds in ``model.modules()``: an adapted module is a ``Decomposed``, a traine
 module a ``TrainedCopy``.
 """
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -152,6 +153,7 @@ def merge(model: nn.Module, keep_base: bool = True, requantize: bool = False) ->
     are of; ``report`` then has the error, ||quantised - merged|| / ||merged||.  Refused without it.
     """
     check_one_process(model, "merging")
+    _check_not_pefts(model, "merge", "model.merge_adapter()")
     layers = {
         n: layer for n, layer in adapted_layers(model).items() if layer.merged_adapter is None
     }
@@ -214,6 +216,7 @@ def remove(model: nn.Module) -> nn.Module:
 @contextmanager
 def disable(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the ``with`` block the model is its base, e.g. as the reference of DPO."""
+    _check_not_pefts(model, "disable", "model.disable_adapter()")
     found: list[Any] = [*adapted_layers(model).values(), *trained_copies(model).values()]
     merged = [module for module in found if getattr(module, "merged_adapter", None) is not None]
     if merged:
@@ -225,6 +228,18 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module in found:
             module.disabled -= 1
+
+
+def _check_not_pefts(model: nn.Module, function: str, theirs: str) -> None:
+    """Where all adapters are PEFT's there is nothing to do here, and that would pass unseen."""
+    peft: Any = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None or adapted_layers(model):
+        return
+    if any(isinstance(module, peft.BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"the adapters of this {type(model).__name__} are PEFT's, and {function} of "
+            f"decomp_kernels is for those of adapt; use PEFT's {theirs}"
+        )
 
 
 def set_adapter(model: nn.Module, adapter_name: str) -> nn.Module:

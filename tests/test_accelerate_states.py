@@ -138,6 +138,29 @@ def test_dora_follows_a_base_weight_that_changes():
     assert not layer.fused.norms
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_dora_follows_a_start_that_changes_the_base_weight(start):
+    _, fast, x = pair("dora")
+    fast.float()(x.float())
+    config = peft.LoraConfig(r=2, init_lora_weights=start, target_modules=["first", "second"])
+    fast.add_adapter("other", config)
+    stock = dk.restore(copy.deepcopy(fast))
+    assert relative_error(fast(x.float()), stock(x.float())) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "oft", "hira"])
+def test_transforms_of_torch_func_are_pefts(name):
+    stock, fast, x = pair(name)
+    for transformed in (torch.func.vmap, torch.func.jacrev, torch.func.jacfwd):
+        y, expected = (transformed(model)(x) for model in (fast, stock))
+        assert relative_error(y, expected) < 1e-12
+    with torch.autograd.forward_ad.dual_level():
+        fast(torch.autograd.forward_ad.make_dual(x, x))
+    assert "torch.func" in dk.report(fast)
+    last_calls(fast)
+    same(stock, fast, x, "fused")
+
+
 def add_hook(which):
     def add(layer):
         module = {"base": layer.base_layer, "lora_A": layer.lora_A["default"]}[which]
@@ -191,6 +214,10 @@ def parametrize(layer):
     nn.utils.parametrize.register_parametrization(layer.base_layer, "weight", nn.Identity())
 
 
+def wrap_base(layer):  # as trainable_token_indices does with a tied lm_head
+    layer.base_layer = nn.Sequential(layer.base_layer)
+
+
 REASONS = {
     add_hook("base"): "its base layer has hooks",
     add_hook("lora_A"): "its lora_A has hooks",
@@ -202,6 +229,7 @@ REASONS = {
     no_casting: "the casting of its input is disabled",
     replace_forward: "its base layer has hooks",
     parametrize: "its base layer is torch.nn.utils.parametrize.ParametrizedLinear",
+    wrap_base: "its base layer is torch.nn.modules.container.Sequential",
 }
 
 
@@ -358,6 +386,14 @@ def test_models_without_peft_layers_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft.tuners.tuners_utils", None)
     with pytest.raises(ImportError, match="pip install peft"):
         dk.accelerate(Model())
+
+
+def test_our_own_switches_do_not_pass_over_pefts_adapters():
+    model = dk.accelerate(peft_model("lora"))
+    with pytest.raises(ValueError, match=r"use PEFT's model.disable_adapter\(\)"):
+        dk.disable(model).__enter__()
+    with pytest.raises(ValueError, match=r"use PEFT's model.merge_adapter\(\)"):
+        dk.merge(model)
 
 
 def test_a_layer_whose_forward_was_replaced_is_left_alone():

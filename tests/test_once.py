@@ -44,6 +44,20 @@ def test_every_method_refuses(name):
     refuse(layer(x), x)
 
 
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_no_part_of_a_second_derivative_passes_for_the_whole(name):
+    """autograd.grad runs only what leads to the tensors that it is asked for."""
+    layer = dk.DecomposedLinear(nn.Linear(24, 40), METHODS[name].small())
+    x = torch.randn(3, 24, requires_grad=True)
+    leaves = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    y = checkpoint(layer, torch.tanh(x), use_reentrant=False).square().sum()
+    grads = torch.autograd.grad(y, leaves, create_graph=True)
+    total = sum(grad.square().sum() for grad in grads)
+    for leaf in leaves:
+        with pytest.raises(RuntimeError, match=REFUSED):
+            torch.autograd.grad(total, leaf, retain_graph=True, allow_unused=True)
+
+
 def test_operators_refuse():
     a, b = (torch.randn(3, requires_grad=True) for _ in range(2))
     refuse(Product.apply(a, b), a)

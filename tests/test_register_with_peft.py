@@ -398,6 +398,13 @@ def test_what_would_not_be_finite_is_not_merged():
     assert not model.base_model.model.q.merged
 
 
+def test_accelerate_and_report_say_that_it_is_on_the_operator_already(recwarn):
+    model = wrapped(CONFIGS["SSBConfig"])
+    assert dk.accelerate(model) is model
+    assert not [w for w in recwarn if "not accelerated" in str(w.message)]
+    assert dk.report(model).count("on the operator, by register_with_peft") == 2
+
+
 # --- several adapters
 
 

@@ -32,7 +32,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     from decomp_kernels.interop.peft.accelerated import Accelerated, Fused
     from decomp_kernels.interop.peft.layers import accelerated_class
 
-    plain = {name: layer for name, layer in layers.items() if not isinstance(layer, Accelerated)}
+    done = {name for name, m in layers.items() if isinstance(m, Accelerated) or _is_ours(m)}
+    plain = {name: layer for name, layer in layers.items() if name not in done}
     skipped = {name: why for name, layer in plain.items() if (why := _why_not(layer)) is not None}
     classes = {name: accelerated_class(plain[name]) for name in plain if name not in skipped}
     for name, cls in classes.items():
@@ -71,6 +72,8 @@ def peft_lines(model: nn.Module) -> list[str]:
     for name, layer in _peft_layers(model).items():
         if name in accelerated:
             lines.append(f"{name}: accelerated, {_calls(layer)}")
+        elif _is_ours(layer):
+            lines.append(f"{name}: on the operator, by register_with_peft")
         else:
             why = _why_not(layer) or "accelerate was not called since it is there"
             lines.append(f"{name}: not accelerated, {why}")
@@ -91,6 +94,13 @@ def _calls(layer: Any) -> str:
     fused = layer.fused.calls[FUSED]
     others = [f"{count} {why}" for why, count in layer.fused.calls.items() if why != FUSED]
     return f"{fused} fused" + (f", PEFT's own: {', '.join(others)}" if others else "")
+
+
+def _is_ours(layer: nn.Module) -> bool:
+    """Whether its method is one that register_with_peft entered, which has no other forward."""
+    from decomp_kernels.interop.peft.tuner_layer import DecomposedTunerLayer
+
+    return isinstance(layer, DecomposedTunerLayer)
 
 
 def _why_not(layer: nn.Module) -> str | None:

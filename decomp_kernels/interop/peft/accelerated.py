@@ -99,6 +99,8 @@ class Accelerated:
 
     def _plan(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
         layer: Any = self
+        if in_transform():
+            raise PeftForward("inside a transform of torch.func or forward-mode AD")
         further = [name for name, value in kwargs.items() if value is not None]
         if args or further:
             raise PeftForward(f"called with {', '.join(further) or 'further arguments'}")
@@ -158,6 +160,17 @@ def live(method: type[Method], **options: Any) -> Any:
     return made
 
 
+def in_transform() -> bool:
+    """Whether torch.func (grad, vmap, ...) is at work, for which our functions have no rules.
+
+    What a compiler traces it differentiates by itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch.peek_interpreter_stack() is not None
+    return functorch or torch.autograd.forward_ad._current_level >= 0
+
+
 def scale_of(scale: Any) -> float:
     """A layer's scaling, which hot-swapping may have made a tensor."""
     if isinstance(scale, Tensor):
@@ -183,16 +196,18 @@ def find(layer: Any, tensor: PeftTensor, adapter: str) -> Tensor | None:
 def base_of(module: nn.Module, x: Tensor) -> Base:
     """A linear that holds a plain weight, or a quantised one that we read."""
     kind = type(module)
+    if kind not in (nn.Linear, Conv1D) and not kind.__module__.startswith("bitsandbytes."):
+        raise PeftForward(f"its base layer is {class_name(module)}")
     weight: Any = module.weight
     bias: Any = module.bias
     if kind in (nn.Linear, Conv1D) and type(weight) is nn.Parameter:
         if weight.requires_grad:
             raise PeftForward("its base weight trains")
         weight = weight.T if kind is Conv1D else weight
-    elif kind is nn.Linear or kind.__module__.startswith("bitsandbytes."):
-        weight = quantized_base(module, x)
+    elif kind is Conv1D:
+        raise PeftForward(f"its weight is a {type(weight).__name__}")
     else:
-        raise PeftForward(f"its base layer is {class_name(module)}")
+        weight = quantized_base(module, x)
     check_hooks(module, "its base layer")
     return Base(weight, bias, weight.dtype)
 

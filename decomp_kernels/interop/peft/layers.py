@@ -70,7 +70,11 @@ class Lora(Accelerated):
             norms[plan.adapter] = tuple(getattr(view, name) for name in NORMS)
         return y
 
-    # What may change the base weight.
+    # What may change the base weight.  A start such as PiSSA's takes its part out through .data.
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        self.fused.norms.clear()
+        super().update_layer(*args, **kwargs)  # type: ignore[misc]
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         self.fused.norms.clear()

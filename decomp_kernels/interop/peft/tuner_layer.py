@@ -132,5 +132,6 @@ class DecomposedTunerLayer(nn.Module, BaseTunerLayer, Holder):
     def _merging(self, name: str) -> Decomposed:
         """The wrapped linear as a ``Decomposed``: what it does to its weight, it does to ours."""
         linear: Decomposed = stand_in(self.base_layer, self.kind)
+        linear._parameters = self.base_layer._parameters  # type: ignore[attr-defined]
         linear.adapters, linear.active_adapter = self.adapters, name
         return linear
