@@ -289,6 +289,22 @@ def test_the_model_can_be_converted():
         assert model(x.to(dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(dk.methods()))
+def test_every_method_can_be_converted_where_the_base_keeps_its_dtype(name, dtype):
+    method = dk.methods()[name].small()
+    model, x = adapted("bitsandbytes int8", method, plain(torch.float32)), torch.randn(3, K)
+    model.eval()
+    right = model(x)
+    assert relative_error(model(x.to(dtype)), right) < 0.03  # float32 adapters under 16 bit inputs
+    model.to(dtype)
+    assert relative_error(model(x.to(dtype)), right) < 0.03
+    model(x.to(dtype)).sum().backward()
+    if method.why_not_mergeable is None:
+        weight, bias = model[0].merged_values()
+        assert relative_error(F.linear(x, weight.float(), bias.float()), right) < 0.03
+
+
 def test_nf4_takes_the_nearest_level_and_int8_the_nearest_step():
     weight = torch.randn(12, 96)
     weight[3] = 0
