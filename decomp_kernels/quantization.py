@@ -48,8 +48,11 @@ def quantize(
             )
     if skipped:
         warnings.warn(f"not quantised: {listed}", stacklevel=2)
-    for module in chosen.values():
+    for name, module in chosen.items():
         made = QuantizedLinear.from_linear(module, weight_format, block_size=block_size)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            made.register_forward_hook(_called)
         replace_module(model, module, made.requires_grad_(False))
     return model
 
@@ -64,3 +67,9 @@ def _why_not(module: nn.Module, weight_format: str) -> str | None:
     if weight_format == "nf4" and module.in_features % 2:
         return f"its in_features are odd, {module.in_features}, and nf4 has two to a byte; use int8"
     return None
+
+
+def _called(*_: Any) -> None:
+    """A forward hook that does nothing: with one inside it, nn.TransformerEncoderLayer calls its
+    linears in evaluation too, and does not hand their weights to a library call for dense ones.
+    """
