@@ -11,6 +11,7 @@ from decomp_kernels.ops.quantize import check_format
 from decomp_kernels.quantized import is_quantized
 from decomp_kernels.quantized_linear import QuantizedLinear
 from decomp_kernels.saved_modules import replace_module
+from decomp_kernels.sharding import check_one_process
 from decomp_kernels.targets import find_targets
 
 
@@ -33,6 +34,7 @@ def quantize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_format(weight_format, block_size)
+    check_one_process(model, "quantising")
     targets = find_targets(model, target_modules, exclude_modules, ())
     reasons = {name: _why_not(module, weight_format) for name, module in targets.modules.items()}
     skipped = targets.skipped | {name: reason for name, reason in reasons.items() if reason}

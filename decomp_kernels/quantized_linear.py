@@ -4,6 +4,7 @@ What all adapted ones share is ``DecomposedQuantized``: the base weight is a Qua
 merged weight is quantised anew as the base was, with the error kept in ``requantization_error``.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -127,6 +128,9 @@ class DecomposedQuantized(Decomposed):
 class DecomposedQuantizedLinear(DecomposedQuantized, QuantizedLinear):
     def read_weight(self) -> QuantizedWeight:
         return self.quantized_weight()
+
+    def gathered_weight(self, values: Tensor) -> QuantizedWeight:  # scales, a buffer, are whole
+        return replace(self.quantized_weight(), codes=values.detach())
 
     def hold_quantized(self, weight: Tensor) -> None:
         now = self.base_weight()

@@ -116,8 +116,12 @@ def refused(rank, world, folder):
         (METHODS["dora"], RowwiseDecomposed()),
         (dk.LoRA(r=4, activation="relu"), RowwiseDecomposed()),
         (dk.OFT(r=4), ColwiseDecomposed()),
+        (None, ColwiseDecomposed()),
     ):
-        layer = dk.DecomposedLinear(nn.Linear(48, 48), method)
+        plain = nn.Linear(48, 48)
+        layer = dk.QuantizedLinear.from_linear(plain, "int8")
+        if method is not None:
+            layer = dk.DecomposedLinear(plain, method)
         try:
             parallelize_module(layer, mesh(world), style)
             said.append("nothing")
