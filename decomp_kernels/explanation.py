@@ -206,7 +206,7 @@ def _calls(
     small: list[Tensor] = []
 
     class Recording(type(asked)):  # type: ignore[misc]
-        def apply(self, factors: Factors, base: Base, x: Tensor, dropout: float = 0.0) -> Tensor:
+        def apply(self, factors: Factors, base: Base, x: Tensor, dropout=0.0, seed=None) -> Tensor:
             terms = _terms(factors, base, x, dropout, training)
             found.append(replace(terms, trained_weight=trained_weight or terms.trained_weight))
             small.extend(_tensors(factors))

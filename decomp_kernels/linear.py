@@ -187,6 +187,10 @@ class Decomposed(Holder):
         # ``stored`` turns [out, in] into the module's layout and, as a transposition, back as well.
         return self.stored(held.detach().to(self.weight.dtype))
 
+    def gathered_weight(self, values: Tensor) -> Tensor | QuantizedWeight:
+        """``base_weight`` of the whole values of a parameter that lies in shards."""
+        return self.as_base_weight(values)
+
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit.  Refused where merge did not keep it."""
         if self.merged_adapter is None:

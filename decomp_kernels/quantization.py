@@ -11,6 +11,7 @@ from decomp_kernels.ops.quantize import check_format
 from decomp_kernels.quantized import is_quantized
 from decomp_kernels.quantized_linear import QuantizedLinear
 from decomp_kernels.saved_modules import replace_module
+from decomp_kernels.sharding import check_one_process
 from decomp_kernels.targets import find_targets
 
 
@@ -33,6 +34,7 @@ def quantize(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     check_format(weight_format, block_size)
+    check_one_process(model, "quantising")
     targets = find_targets(model, target_modules, exclude_modules, ())
     reasons = {name: _why_not(module, weight_format) for name, module in targets.modules.items()}
     skipped = targets.skipped | {name: reason for name, reason in reasons.items() if reason}
@@ -48,8 +50,11 @@ def quantize(
             )
     if skipped:
         warnings.warn(f"not quantised: {listed}", stacklevel=2)
-    for module in chosen.values():
+    for name, module in chosen.items():
         made = QuantizedLinear.from_linear(module, weight_format, block_size=block_size)
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            made.register_forward_hook(_called)
         replace_module(model, module, made.requires_grad_(False))
     return model
 
@@ -64,3 +69,9 @@ def _why_not(module: nn.Module, weight_format: str) -> str | None:
     if weight_format == "nf4" and module.in_features % 2:
         return f"its in_features are odd, {module.in_features}, and nf4 has two to a byte; use int8"
     return None
+
+
+def _called(*_: Any) -> None:
+    """A forward hook that does nothing: with one inside it, nn.TransformerEncoderLayer calls its
+    linears in evaluation too, and does not hand their weights to a library call for dense ones.
+    """

@@ -4,6 +4,7 @@ What all adapted ones share is ``DecomposedQuantized``: the base weight is a Qua
 merged weight is quantised anew as the base was, with the error kept in ``requantization_error``.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,6 +74,17 @@ class QuantizedLinear(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         return self
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype != self.weight.dtype:
+            # Copied into codes, dense values would be rounded to integers without a word.
+            args[-1].append(
+                f"{prefix}weight must be {self.weight.dtype}, the codes of {self.weight_format}, "
+                f"got {given.dtype}; load dense weights before quantize(model)"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         """Shapes and format, for ``print``."""
         return (
@@ -116,6 +128,9 @@ class DecomposedQuantized(Decomposed):
 class DecomposedQuantizedLinear(DecomposedQuantized, QuantizedLinear):
     def read_weight(self) -> QuantizedWeight:
         return self.quantized_weight()
+
+    def gathered_weight(self, values: Tensor) -> QuantizedWeight:  # scales, a buffer, are whole
+        return replace(self.quantized_weight(), codes=values.detach())
 
     def hold_quantized(self, weight: Tensor) -> None:
         now = self.base_weight()

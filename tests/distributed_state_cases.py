@@ -4,11 +4,12 @@ Each case is called as case(rank, world, folder) on every rank and returns numbe
 """
 
 import copy
+import warnings
 
 import torch
 import torch.distributed.checkpoint as dcp
 from distributed_cases import BF16, METHODS, shard
-from distributed_model import adapted, data, llama, train, trained, values
+from distributed_model import TARGETS, adapted, data, llama, train, trained, values
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -59,6 +60,27 @@ def files(rank, world, folder):
     }
 
 
+def quantised(rank, world, folder):
+    """A quantised base in shards computes what it does whole, and its file says what it is."""
+    found = {}
+    for kind in ("nf4", "int8"):
+        plain = dk.adapt(dk.quantize(llama(), kind), METHODS["dora"], TARGETS)
+        with torch.no_grad():
+            for tensor in trained(plain).values():
+                tensor.add_(0.1)
+        model = shard(copy.deepcopy(plain), world)
+        want = output(plain)
+        found[f"{kind} wrong"] = (output(model) - want).abs().max().item()
+        found[f"{kind} codes"] = str(model.model.layers[0].mlp.down_proj.weight.dtype)
+        dk.save_adapter(model, folder / f"{kind}-{world}")
+        distributed.barrier()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of another base than the adapter was trained on
+            loaded = dk.load_adapter(dk.quantize(llama(), kind), folder / f"{kind}-{world}")
+        found[f"{kind} loaded"] = (output(loaded) - want).abs().max().item()
+    return found
+
+
 def files_of_ddp(rank, world, folder):
     model = DistributedDataParallel(adapted(METHODS["lora"]))
     train(model, rank, world, steps=1)
@@ -82,6 +104,7 @@ def refused(rank, world, folder):
         lambda: dk.load_adapter(model, folder / f"refused-{world}-{rank}", adapter_name="second"),
         lambda: dk.merge(model),
         lambda: dk.remove(model),
+        lambda: dk.quantize(model, "nf4", ["gate_proj"]),
         lambda: layer(torch.randn(2, 48)),
     ):
         try:
@@ -185,6 +208,7 @@ def dropout(rank, world, folder):
 
 CASES = {
     "files": files,
+    "quantised": quantised,
     "files_of_ddp": files_of_ddp,
     "refused": refused,
     "reloaded": reloaded,

@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import decomp_kernels as dk
 from decomp_kernels.interop.tensor_parallel import ColwiseDecomposed, RowwiseDecomposed
@@ -113,14 +112,16 @@ def uneven(name, rank, world, folder):
 def refused(rank, world, folder):
     """Each is refused before the layer is touched."""
     said = []
-    quantized = nn.Sequential(nn.Linear(48, 48))
-    quantize_(quantized, Int8WeightOnlyConfig())
-    for layer, style in (
-        (dk.DecomposedLinear(nn.Linear(48, 48), METHODS["dora"]), RowwiseDecomposed()),
-        (dk.DecomposedLinear(nn.Linear(48, 48), dk.LoRA(activation="relu")), RowwiseDecomposed()),
-        (dk.DecomposedLinear(nn.Linear(48, 48), dk.OFT(r=4)), ColwiseDecomposed()),
-        (dk.adapt(quantized, METHODS["lora"])[0], ColwiseDecomposed()),
+    for method, style in (
+        (METHODS["dora"], RowwiseDecomposed()),
+        (dk.LoRA(r=4, activation="relu"), RowwiseDecomposed()),
+        (dk.OFT(r=4), ColwiseDecomposed()),
+        (None, ColwiseDecomposed()),
     ):
+        plain = nn.Linear(48, 48)
+        layer = dk.QuantizedLinear.from_linear(plain, "int8")
+        if method is not None:
+            layer = dk.DecomposedLinear(plain, method)
         try:
             parallelize_module(layer, mesh(world), style)
             said.append("nothing")

@@ -22,14 +22,14 @@ EVERYDAY = {
         fsdp-blocks-lora fsdp-blocks-dora fsdp-blocks-ssb fsdp-blocks-vera fsdp-layers-dora
         fsdp-adapters-lora fsdp-adapters-dora fsdp-adapters-ssb
         checkpointed-blocks-dora checkpointed-adapters-lora mixed-blocks-lora mixed-adapters-dora
-        bf16_base-lora files files_of_ddp refused reloaded checkpoint dropout
+        bf16_base-lora files quantised files_of_ddp refused reloaded checkpoint dropout
         tensor-lora tensor-dora tensor-with-fsdp tensor-refused
         peft-blocks-lora peft-leaves-dora peft-tensor_parallel-lora
         uneven-lora uneven-dora uneven-ssb uneven-ssl uneven-ia3""",
     3: """alone-dora alone_in_bf16-dora ddp-lora ddp-dora
         fsdp-blocks-lora fsdp-blocks-dora fsdp-blocks-ssb fsdp-adapters-dora
         checkpointed-blocks-lora mixed-blocks-dora bf16_base-dora
-        files reloaded checkpoint tensor-ssb tensor-ia3
+        files quantised reloaded checkpoint tensor-ssb tensor-ia3
         peft-ddp-dora peft-blocks-dora peft-leaves-lora
         uneven-lora uneven-dora uneven-ssb uneven-ssl uneven-ia3""",
 }
@@ -116,14 +116,21 @@ def files(case, world, rank, found):
     assert found["state"] == 0
 
 
+def quantised(case, world, rank, found):
+    for kind, codes in (("nf4", "torch.uint8"), ("int8", "torch.int8")):
+        assert found[f"{kind} codes"] == codes
+        assert found[f"{kind} wrong"] < 1e-4
+        assert found[f"{kind} loaded"] < 1e-4
+
+
 def files_of_ddp(case, world, rank, found):
     assert found["loaded"] == 0
 
 
 def refused(case, world, rank, found):
     *before, forward = found["said"]
-    doing = ("adding an adapter", "adding an adapter", "merging", "removing adapters")
-    for said, what in zip(before, doing):
+    doing = ("adding an adapter", "adding an adapter", "merging", "removing adapters", "quantising")
+    for said, what in zip(before, doing, strict=True):
         assert f"{what} must come before fully_shard" in said
     assert "outermost fully_shard" in forward
     assert found["changed"] == 0
@@ -152,11 +159,11 @@ def dropout(case, world, rank, found):
 
 def tensor(case, world, rank, found):
     if case == "tensor-refused":
-        norms, branch, method, quantized = found["said"]
+        norms, branch, method, base = found["said"]
         assert "row norms go over the columns of all ranks" in norms
         assert "relu in its branch" in branch
         assert "adapters of dora, ia3, lora, ssb, ssl" in method
-        assert "got a DecomposedTorchaoLinear" in quantized
+        assert "quantised weight, which tensor parallel cannot split" in base
         return
     assert found["wrong"] == 0, found["first"]
     assert found["moved"] > 1e-3
@@ -194,6 +201,7 @@ CHECKS = {
     "mixed": fsdp,
     "bf16_base": fsdp,
     "files": files,
+    "quantised": quantised,
     "files_of_ddp": files_of_ddp,
     "refused": refused,
     "reloaded": reloaded,

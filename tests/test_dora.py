@@ -155,3 +155,11 @@ def test_options_are_checked():
         dk.DoRA(dropout_mode="both")
     with pytest.raises(ValueError, match="cannot be used with norm_grad=True"):
         dk.DoRA(cache_norm=True, norm_grad=True)
+
+
+def test_a_norm_kept_in_inference_mode_is_good_for_training():
+    layer, x = make(cache_norm=True), torch.randn(5, 12, dtype=torch.float64)
+    with torch.inference_mode():
+        layer(x)  # as a validation before the first step
+    layer(x).sum().backward()
+    assert layer.adapters["default"].up.grad is not None

@@ -48,8 +48,8 @@ def samples():
         "dequantize":
             (torch.zeros(N * K // 2, 1, dtype=torch.uint8), random(N * K // 32), "nf4", N, K,
              torch.float32, "aten"),
-        "frozen_matmul_fwd": (W, random(K, R)),
-        "frozen_matmul_bwd": (W, random(N, R)),
+        "frozen_matmul_fwd": (W, None, "dense", random(K, R)),
+        "frozen_matmul_bwd": (W, None, "dense", random(N, R)),
         "gram_fwd": (*grams, "o", True, 0.5, "aten"),
         "gram_bwd": (random(()), *grams, [random(2, R, R)] * 2, True, 0.5, "aten"),
         "kron_linear_fwd": (x, random(3, 2), random(4, 4), "aten"),

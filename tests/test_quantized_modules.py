@@ -302,6 +302,22 @@ def test_the_model_can_be_converted():
         assert model(x.to(dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(dk.methods()))
+def test_every_method_can_be_converted_where_the_base_keeps_its_dtype(name, dtype):
+    method = dk.methods()[name].small()
+    model, x = adapted("bitsandbytes int8", method, plain(torch.float32)), torch.randn(3, K)
+    model.eval()
+    right = model(x)
+    assert relative_error(model(x.to(dtype)), right) < 0.03  # float32 adapters under 16 bit inputs
+    model.to(dtype)
+    assert relative_error(model(x.to(dtype)), right) < 0.03
+    model(x.to(dtype)).sum().backward()
+    if method.why_not_mergeable is None:
+        weight, bias = model[0].merged_values()
+        assert relative_error(F.linear(x, weight.float(), bias.float()), right) < 0.03
+
+
 def test_nf4_takes_the_nearest_level_and_int8_the_nearest_step():
     weight = torch.randn(12, 96)
     weight[3] = 0
@@ -376,12 +392,47 @@ def test_quantize_a_model():
     assert torch.equal(fresh.first(x), model.first(x))
 
 
+def test_a_block_can_be_larger_than_the_weight():
+    weight = torch.randn(5, 50)
+    made = quantize_weight(weight, "nf4", block_size=1 << 40)
+    assert made.scale.tolist() == [weight.abs().max()]
+    assert torch.equal(made.codes, quantize_weight(weight, "nf4", block_size=256).codes)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_dense_values_are_not_loaded_as_codes(strict, adapted):
+    dense_state = {name: t.clone() for name, t in nn.Sequential(plain()).state_dict().items()}
+    model = dk.quantize(nn.Sequential(plain()), "int8", ["0"])
+    if adapted:
+        dk.adapt(model, dk.LoRA(r=2), ["0"])
+    before, x = model[0].weight.clone(), torch.randn(3, K).bfloat16()
+    y = model(x)
+    with pytest.raises(RuntimeError, match=r"0\.weight must be torch.int8, the codes of int8, got"):
+        model.load_state_dict(dense_state, strict=strict)
+    assert torch.equal(model[0].weight, before) and torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_an_encoder_layer_calls_its_quantised_linears_in_evaluation(removed):
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 1)
+    dk.quantize(model, "int8", ["linear1", "linear2"])
+    if removed:
+        dk.remove(dk.adapt(model, dk.LoRA(r=2), ["linear1"]))
+    model.eval()
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad():  # the library call is for inference
+        y = model(x)
+    assert relative_error(y, model(x.requires_grad_())) < 1e-6
+
+
 def test_quantize_says_what_is_wrong_and_changes_nothing():
     model = nn.Sequential(plain(), plain())
     model[1].weight.data[0, 0] = torch.nan
     for options, error, message in [
         ({"weight_format": "fp8"}, ValueError, "one of nf4, int8, got 'fp8'"),
         ({"block_size": 48}, ValueError, "power of two, 32 or more, got 48"),
+        ({"block_size": "64"}, ValueError, "power of two, 32 or more, got '64'"),
         ({"weight_format": "int8", "block_size": 64}, ValueError, "leave block_size out"),
         ({}, ValueError, "weight of 1 must be loaded and finite"),
         ({"target_modules": ["9"]}, ValueError, "matches no module"),

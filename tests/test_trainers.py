@@ -123,6 +123,7 @@ def _check_callbacks(found: dict) -> None:
     assert directions["directions_trained"]
     assert "after_steps must be below the 6 steps" in directions["said"][0]
     assert "must have an active LoRADash adapter" in directions["said"][1]
+    assert "whole number from 1 on, got 1.5" in directions["said"][2]
 
     assert found["mpc"]["difference"] < ROUNDING
     assert found["mpc"]["without"] > 1e-2
@@ -133,6 +134,7 @@ def _check_callbacks(found: dict) -> None:
     assert events["matrices"] == 2 * 14
     assert events["seen"] == [0, 3 * 14]  # nothing of a step that a gradient scaler skipped
     assert ["FSDP" in events["said"][0], "DEEPSPEED" in events["said"][1]] == [True, True]
+    assert "no adapter to save" in events["said"][2]  # before the training, not after it
 
 
 def _check_saving(found: dict) -> None:

@@ -65,7 +65,7 @@ def unmerged_base(layer: Decomposed) -> tuple[Tensor | QuantizedWeight, Tensor |
     """(weight [out, in], bias) without any adapter, whole; None where they were not kept."""
     if layer.merged_adapter is None:
         sharded = is_sharded(layer.weight)
-        weight = layer.as_base_weight(whole(layer.weight)) if sharded else layer.base_weight()
+        weight = layer.gathered_weight(whole(layer.weight)) if sharded else layer.base_weight()
         return weight, None if layer.bias is None else whole(layer.bias)
     if layer.kept_base is None:
         return None

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel
 
 from decomp_kernels.linear import Decomposed, DecomposedLinear
 from decomp_kernels.methods.base import Adapter, Base
+from decomp_kernels.quantized import is_quantized
 
 # The dimension that a tensor is split along, by its name; the others are replicated.
 COLUMNS = {"weight": 0, "bias": 0, "up": 0, "up_bias": 0, "out_scale": 0, "magnitude": 0}
@@ -33,6 +34,10 @@ METHODS = ("dora", "ia3", "lora", "ssb", "ssl")  # their tensors are those, with
 
 class ColwiseDecomposed(ColwiseParallel):
     """ColwiseParallel for adapted linears too; options as there.  Methods: see METHODS."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check_dense(module)
+        return super()._apply(module, device_mesh)
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if isinstance(module, Decomposed):
@@ -48,6 +53,10 @@ class RowwiseDecomposed(RowwiseParallel):
     Methods: see METHODS, but not DoRA, whose row norms go over all ranks' columns, and no branch
     with an activation, which is no sum of the ranks' parts.
     """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        _check_dense(module)
+        return super()._apply(module, device_mesh)
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if isinstance(module, Decomposed):
@@ -109,6 +118,14 @@ def _local(tensor: Tensor) -> Tensor:
     own = sharded.placements
     parts = [Partial() if placement.is_replicate() else placement for placement in own]
     return sharded.redistribute(placements=own).to_local(grad_placements=parts)
+
+
+def _check_dense(module: nn.Module) -> None:
+    if is_quantized(module):
+        raise ValueError(
+            f"{type(module).__name__} has a quantised weight, which tensor parallel cannot split; "
+            "leave this layer out of the plan, or load it dense"
+        )
 
 
 def _check_methods(layer: Decomposed) -> None:

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from decomp_kernels.constraints import mpc_loss
+from decomp_kernels.interop.contents import which_adapter
 from decomp_kernels.interop.files import save_adapter
 from decomp_kernels.interop.tensor_file import decode, encode
 from decomp_kernels.linear import adapted_layers
@@ -69,8 +70,8 @@ class SelectDirectionsCallback(TrainerCallback):
     """
 
     def __init__(self, after_steps: int = 100) -> None:
-        if after_steps < 1:
-            raise ValueError(f"after_steps must be at least 1, got {after_steps}")
+        if type(after_steps) is not int or after_steps < 1:
+            raise ValueError(f"after_steps must be a whole number from 1 on, got {after_steps!r}")
         self.after_steps = after_steps
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -140,6 +141,9 @@ class SaveAdapterCallback(TrainerCallback):
     from; this is what ``load_adapter`` takes.  With load_best_model_at_end the last one is of the
     best model.  Not for hyperparameter_search, whose checkpoints lie in other folders.
     """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        which_adapter(adapted_layers(kwargs["model"]), None)  # raises now, not after the training
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"

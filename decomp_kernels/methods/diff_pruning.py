@@ -12,6 +12,7 @@ saved, merged or trained further.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from decomp_kernels.factors import Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.methods.sparse import Sparse, largest
+from decomp_kernels.quantized_weight import QuantizedWeight
 
 GAMMA, ZETA = -1.5, 1.5
 
@@ -42,6 +44,8 @@ class DiffPruning(Method):
         return _factors(adapter, base, mask(adapter))
 
     def forward(self, adapter: Adapter, base: Base, x: Tensor, training: bool) -> Tensor:
+        if isinstance(base.weight, QuantizedWeight):  # multiplied in x's dtype
+            base = base._replace(weight=replace(base.weight, dtype=x.dtype))
         if not training:
             return super().forward(adapter, base, x, training)
         return self.apply(_factors(adapter, base, sampled_mask(adapter)), base, x)

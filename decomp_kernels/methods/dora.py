@@ -141,7 +141,9 @@ class DoRA(LowRank):
         tensors = (base.weight, adapter.down, adapter.up)
         state = (_optimizer_steps, self.scale, *map(_identity, tensors))
         if adapter.kept_norm is None or adapter.kept_norm[0] != state:
-            adapter.kept_norm = (state, self._norm_now(adapter, base))
+            # A tensor made in inference mode cannot be in a later training step.
+            with torch.inference_mode(False), torch.no_grad():
+                adapter.kept_norm = (state, self._norm_now(adapter, base))
         return adapter.kept_norm[1]
 
     def refresh(self, adapter: Adapter, base: Base) -> None:

@@ -85,7 +85,7 @@ def _absmax(scales):
 
 
 def frozen_matmul(weight: Tensor | QuantizedWeight, right: Tensor) -> Tensor:
-    """``weight @ right``, [N, r] in right's dtype, which is the weight's or float32.
+    """``weight @ right``, [N, r] in right's dtype: the weight's or float32, of codes any.
 
     The gradient is right's; a weight that requires grad gets its own by plain autograd.
     """
@@ -94,11 +94,11 @@ def frozen_matmul(weight: Tensor | QuantizedWeight, right: Tensor) -> Tensor:
             f"right must be [K, r] for a weight [N, K], got {tuple(right.shape)} for "
             f"{tuple(weight.shape)}"
         )
-    if right.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32)):
-        raise TypeError(f"right must be {weight.dtype} or float32, got {right.dtype}")
-    if isinstance(weight, QuantizedWeight):
+    if isinstance(weight, QuantizedWeight):  # has tiles of any dtype
         check_quantized(weight)
         return _FrozenMatmul.apply(weight.format, right, *weight.tensors())
+    if right.dtype not in (weight.dtype, torch.promote_types(weight.dtype, torch.float32)):
+        raise TypeError(f"right must be {weight.dtype} or float32, got {right.dtype}")
     if weight.requires_grad:
         return weight.to(right.dtype) @ right
     return _FrozenMatmul.apply("dense", right, weight)

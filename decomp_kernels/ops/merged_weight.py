@@ -4,6 +4,7 @@ Formula: reference/decomposed_linear.py.  It is made once and has no gradient, s
 of torch's.
 """
 
+import torch
 from torch import Tensor
 
 from decomp_kernels import dispatch
@@ -28,6 +29,12 @@ def merged_weight(
     Every implementation computes in float32.  A weight that ``impl`` cannot run on, such as one
     that was moved to the CPU to be merged, is merged by the definition.
     """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    # On a quantised base they may have another 16-bit dtype than W, which no implementation takes.
+    down, up, core, in_scale, out_scale = (
+        factor if factor is None or factor.dtype == weight.dtype else factor.to(wide)
+        for factor in (down, up, core, in_scale, out_scale)
+    )
     impl = dispatch.named(impl)
     if impl != "auto" and dispatch.why_not(weight, impl):
         impl = "reference"

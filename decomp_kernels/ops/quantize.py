@@ -39,7 +39,8 @@ def quantize_weight(
         )
     N, K = weight.shape
     nf4 = weight_format == "nf4"
-    size = (block_size or 64) if nf4 else K
+    whole = max(SMALLEST_BLOCK, 1 << (N * K - 1).bit_length())  # a block is made in full
+    size = min(block_size or 64, whole) if nf4 else K
     codes = torch.empty(
         N, K // 2 if nf4 else K, dtype=torch.uint8 if nf4 else torch.int8, device=weight.device
     )
@@ -59,8 +60,8 @@ def check_format(weight_format: str, block_size: int | None) -> None:
         return
     if weight_format == "int8":
         raise ValueError("int8 has one scale for each row: leave block_size out")
-    power = block_size >= SMALLEST_BLOCK and block_size & (block_size - 1) == 0
-    if not power:
+    power = type(block_size) is int and block_size & (block_size - 1) == 0
+    if not power or block_size < SMALLEST_BLOCK:
         raise ValueError(
-            f"block_size must be a power of two, {SMALLEST_BLOCK} or more, got {block_size}"
+            f"block_size must be a power of two, {SMALLEST_BLOCK} or more, got {block_size!r}"
         )

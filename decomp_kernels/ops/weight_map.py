@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from decomp_kernels.factors import WeightMap
+from decomp_kernels.quantized_weight import QuantizedWeight
 
 
 def check_tensors(
-    m: WeightMap, weight: Tensor, expected: Mapping[str, tuple[int | str, ...]], indices: str = ""
+    m: WeightMap,
+    weight: Tensor | QuantizedWeight,
+    expected: Mapping[str, tuple[int | str, ...]],
+    indices: str = "",
 ) -> dict[str, int]:
     """Raise ValueError or TypeError where a tensor of ``m`` does not fit; returns the letters.
 
@@ -18,7 +22,9 @@ def check_tensors(
     """
     letters: dict[str, int] = {}
     kind = type(m).__name__
-    allowed = (weight.dtype, torch.promote_types(weight.dtype, torch.float32))
+    allowed = {weight.dtype, torch.promote_types(weight.dtype, torch.float32)}
+    if isinstance(weight, QuantizedWeight):  # multiplied in x's dtype, whatever it was made from
+        allowed |= {torch.bfloat16, torch.float16}
     for name, tensor in m.named_tensors().items():
         wanted = expected[name]
         what = f"{kind}'s {name} must"

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
-from common import adapted, batch, data, distance, perturb, trained
+from common import adapted, batch, data, distance, llama, perturb, trained
 from harness import ADALORA, CONSTRAINT, has_core, loop, run
 from safetensors.torch import load_file
 
@@ -61,7 +61,7 @@ def directions() -> dict[str, Any]:
     cores = [m.core for m in model.modules() if has_core(m)]
     found["directions_trained"] = all(core.abs().min() > 0 for core in cores)
     found["said"] = []
-    for bad, after in ((adapted(method), 6), (adapted(), 4)):
+    for bad, after in ((adapted(method), 6), (adapted(), 4), (adapted(method), 1.5)):
         try:
             run(bad, [trainers.SelectDirectionsCallback(after)])
         except ValueError as error:
@@ -118,6 +118,10 @@ def events() -> dict[str, Any]:
             callback.on_train_begin(where, state, None, model=model)
         except ValueError as error:
             said.append(str(error))
+    try:
+        trainers.SaveAdapterCallback().on_train_begin(None, state, None, model=llama())
+    except ValueError as error:
+        said.append(str(error))
     return {"scaled": distance(scaled, plain), "matrices": len(plain), "seen": seen, "said": said}
 
 
