@@ -245,6 +245,15 @@ def test_what_the_operator_cannot_stand_in_for_is_pefts(change):
     assert reason in dk.report(fast)
 
 
+def test_hra_without_an_orthonormal_basis_is_pefts():
+    model = nn.Sequential(nn.Linear(3, 5))
+    config = peft.HRAConfig(r=4, apply_GS=True, target_modules=["0"])
+    stock = moved(peft.get_peft_model(model, config))
+    fast, x = dk.accelerate(copy.deepcopy(stock)), torch.randn(6, 3)
+    assert torch.equal(fast(x), stock(x))
+    assert calls(fast) == [{"more reflections than in_features": 1}]
+
+
 def test_hooks_inside_still_fire():
     _, fast, x = pair()
     seen = []

@@ -156,6 +156,7 @@ def test_a_float32_adapter_on_bf16_loses_one_rounding():
     ("change", "words"),
     [
         (lambda m: as_lora(m, rank=0), "rank must be at least 1, got 0"),
+        (lambda m: as_lora(m, rank=1.5), "rank must be an int or None, got 1.5"),
         (lambda m: as_lora(m, "b"), "no adapter 'b'"),
         (lambda m: as_lora(dk.merge(m)), "is merged; call unmerge"),
         (lambda m: as_lora(adapted(dk.BitFit()), rank=4), "changes the bias"),
@@ -164,7 +165,7 @@ def test_a_float32_adapter_on_bf16_loses_one_rounding():
     ],
 )
 def test_what_as_lora_refuses(change, words):
-    with pytest.raises((ValueError, RuntimeError), match=words):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=words):
         change(moved(dk.adapt(Net(), dk.DoRA(r=4), TARGETS)))
 
 
@@ -299,7 +300,10 @@ def test_a_rank_on_the_command_line_prints_the_errors(tmp_path, capsys):
         (["ours", "x", "--to", "lora", "--base", "./nothing"], "--base must be a folder"),
         (["ssb", "x", "--to", "peft"], "PEFT has no SSB"),
         (["ssb", "x", "--to", "lora"], "SSB on block.up is not exactly a LoRA: it scales"),
-        (["ssb", "x", "--to", "lora", "--rank", "2"], "(a conversion needs --base here)"),
+        (
+            ["ssb", "x", "--to", "lora", "--rank", "2"],
+            "the update of block.up is computed from its base weight, which must be at hand",
+        ),
     ],
 )
 def test_what_the_command_refuses(arguments, words, tmp_path, monkeypatch, capsys):

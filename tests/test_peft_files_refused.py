@@ -33,7 +33,7 @@ FIELDS = [
     ("lora", {"monteclora_config": {"N": 2}}, "monteclora_config"),
     ("lora", {"kasa_config": {"beta": 1}}, "kasa_config"),
     ("lora", {"velora_config": {"x": 1}}, "velora_config"),
-    ("lora", {"init_lora_weights": "mica"}, "init_lora_weights='mica'"),
+    ("lora", {"init_lora_weights": "mica"}, "init_lora_weights='mica', which decomp"),
     ("lora", {"trainable_token_indices": [1]}, "trainable_token_indices"),
     ("lora", {"target_parameters": ["experts.w"]}, "target_parameters"),
     ("lora", {"layer_replication": [[0, 1]]}, "layer_replication"),
@@ -133,6 +133,15 @@ def test_a_tensor_that_is_missing_or_not_finite_is_refused(folders, tmp_path):
     save_file(tensors, folder / file)
     with pytest.raises(dk.AdapterFileError, match=r"layers\.block\.up\.up must be finite"):
         dk.load_adapter(Net(torch.float32), folder)
+
+
+def test_the_folder_around_an_adapter_says_where_it_is(tmp_path):
+    """PEFT's save_pretrained makes a folder for an adapter of another name than "default"."""
+    config = peft.LoraConfig(r=2, target_modules=TARGETS)
+    peft.get_peft_model(Net(torch.float32), config, "mine").save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is one in .*mine"):
+        dk.load_adapter(Net(torch.float32), tmp_path)
+    dk.load_adapter(Net(torch.float32), tmp_path / "mine")
 
 
 def test_a_pickle_is_not_read(tmp_path):

@@ -103,9 +103,12 @@ def read_folder(
     """
     present = [name for name, file in FORMATS.items() if (folder / file).is_file()]
     if not present:
+        # PEFT writes an adapter of another name than "default" into a folder of that name.
+        inside = [path.parent for file in FORMATS.values() for path in folder.glob(f"*/{file}")]
+        hint = f"; there is one in {min(inside)}" if inside else ""
         raise FileNotFoundError(
             f"{folder} must hold an adapter that save_adapter wrote, or PEFT, and there is no "
-            f"{own_folder.JSON} in it and no {peft_folder.CONFIG}"
+            f"{own_folder.JSON} in it and no {peft_folder.CONFIG}{hint}"
         )
     if len(present) > 1:
         raise AdapterFileError(

@@ -56,6 +56,8 @@ def as_lora(
     layers whose exact rank is higher get it too.  The dropout stays.  Returns what each layer
     became.
     """
+    if rank is not None and type(rank) is not int:
+        raise TypeError(f"rank must be an int or None, got {rank!r}")
     if rank is not None and rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     every = adapted_layers(model)
@@ -159,11 +161,18 @@ def update_of(method: Method, adapter: Adapter, base: Base) -> Tensor:
 
 
 def _check_finite(update: Tensor, base: Base) -> None:
-    if not torch.isfinite(update).all():
+    if torch.isfinite(update).all():
+        return
+    where = base.name or "the model"
+    if not torch.isfinite(dense(base.weight.detach(), torch.float32)).all():  # as of a stand-in
         raise ValueError(
-            f"the update of {base.name or 'the model'} must be finite, and it holds NaN or "
-            "infinity; look at the values of adapter and base (a conversion needs --base here)"
+            f"the update of {where} is computed from its base weight, which must be at hand, and "
+            "it is not or holds NaN or infinity (a conversion needs --base here)"
         )
+    raise ValueError(
+        f"the update of {where} must be finite, and it holds NaN or infinity; look at the values "
+        "of the adapter"
+    )
 
 
 def _lora(method: Method, down: Tensor, up: Tensor) -> Adapter:

@@ -52,6 +52,8 @@ def forms_of(config: dict[str, Any]) -> dict[str, PeftForm]:
         if field not in free and value not in _OFF:
             _refuse(config, field)
     start = config.get("init_lora_weights", True)
+    if start == "mica":  # leaves the base alone and freezes B
+        _refuse(config, "init_lora_weights")
     if start not in _STARTS:
         raise AdapterFileError(
             f"init_lora_weights={start!r} took a part of the base weight out, which the file does "

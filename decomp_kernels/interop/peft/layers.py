@@ -171,6 +171,9 @@ class Hra(Accelerated):
 
     def method_of(self, adapter: str) -> Method:
         layer: Any = self
+        columns, r = layer.hra_u[adapter].shape
+        if layer.hra_apply_GS[adapter] and r > columns:  # no orthonormal basis: PEFT's is rounding
+            raise PeftForward("more reflections than in_features")
         return live(HRA, r=layer.hra_r[adapter], apply_GS=layer.hra_apply_GS[adapter])
 
 
