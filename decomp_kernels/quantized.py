@@ -17,6 +17,10 @@ from torch import nn
 from decomp_kernels.quantized_weight import NESTED_BLOCK, NestedScale, QuantizedWeight
 
 Read = QuantizedWeight | str  # a weight, or why it cannot be one
+LOST = (
+    "its weight is no parameter of bitsandbytes any more, and its scales are lost; fully_shard "
+    "does this: use decomp_kernels.quantize for FSDP2, or DistributedDataParallel instead"
+)
 
 
 def quantized_weight(module: nn.Module) -> QuantizedWeight | None:
@@ -60,11 +64,16 @@ def is_torchao(weight: object) -> bool:
 
 def from_4bit(weight: Any) -> Read:
     """Of a Params4bit."""
-    state = getattr(weight, "quant_state", None)
+    if not hasattr(weight, "quant_state"):
+        return LOST
+    state = weight.quant_state
     if state is None:
         return "its weight is not quantised yet: move the model to its device first"
     if state.quant_type != "nf4":
-        return f"its quant_type is {state.quant_type}; only nf4 is supported"
+        return (
+            f"its quant_type is {state.quant_type}; only nf4 is supported: load the model with "
+            'bnb_4bit_quant_type="nf4"'
+        )
     if getattr(state, "packing_format_for_cpu", False):
         return (
             "bitsandbytes has packed its weight for inference on this CPU, which rounds its scales "
@@ -88,6 +97,8 @@ def from_8bit(module: Any) -> Read:
     if module.state.has_fp16_weights:
         return "it has has_fp16_weights=True: its weight is quantised anew in each forward"
     weight = module.weight
+    if not hasattr(weight, "CB"):
+        return LOST
     held = weight if weight.CB is not None else module.state  # where a first forward puts them
     if held.CB is None or held.SCB is None:
         return "its weight is not quantised yet: move the model to its device first"

@@ -252,6 +252,14 @@ def test_what_cannot_be_used_is_reported_and_the_rest_adapted():
     assert len(report) == len(modules) - 1
 
 
+@pytest.mark.parametrize("kind", ["bitsandbytes nf4", "bitsandbytes int8"])
+def test_a_weight_that_lost_its_scales_is_told_apart(kind):
+    model = adapted(kind)
+    model[0].weight = nn.Parameter(model[0].weight.data, requires_grad=False)  # as fully_shard has
+    with pytest.raises(RuntimeError, match="its scales are lost; fully_shard does this"):
+        model(torch.randn(3, K))
+
+
 def test_bitsandbytes_does_not_pack_an_adapted_weight_for_inference():
     model, x = adapted("bitsandbytes nf4 nested").eval(), torch.randn(2, K).bfloat16()
     parts = [t.clone() for t in model[0].base_weight().tensors()]
