@@ -24,6 +24,7 @@ from decomp_kernels.linear import (
 )
 from decomp_kernels.making import make_adapters, make_shared
 from decomp_kernels.methods.base import Adapter, Method
+from decomp_kernels.quantized import is_quantized
 from decomp_kernels.saved_modules import TrainedCopy, copy_of, replace_module, trained_copies
 from decomp_kernels.sharding import check_one_process
 from decomp_kernels.targets import check_names, find_targets, matches
@@ -346,6 +347,11 @@ def _modules_to_save(model: nn.Module, wanted: list[str] | None) -> list[str]:
             raise ValueError(
                 f"modules_to_save names {name}, which is adapted or holds adapted layers; "
                 "choose modules without, or call remove(model) first"
+            )
+        if any(is_quantized(part) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save names {name}, whose weight is quantised and cannot be trained; "
+                "keep it from being quantised (llm_int8_skip_modules, exclude_modules), or adapt it"
             )
         names.append(name)
     within = tuple(f"{name}." for name in names)

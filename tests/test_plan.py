@@ -331,8 +331,8 @@ def test_command_on_bad_input(capsys, folder, arguments, message):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--gpus", "0"], ["--gpus", "1,x"], ["--batch-size", "0"], ["--memory", "-1"],
-        ["--memory", "many"], ["--quantized", "fp5"], ["-O", "r=4"],
+        ["--gpus", "0"], ["--gpus", "1,x"], ["--gpus", "²"], ["--batch-size", "0"],
+        ["--memory", "-1"], ["--memory", "many"], ["--quantized", "fp5"], ["-O", "r=4"],
     ],
 )  # fmt: skip
 def test_command_on_wrong_numbers(capsys, arguments):

@@ -252,6 +252,14 @@ def test_what_cannot_be_used_is_reported_and_the_rest_adapted():
     assert len(report) == len(modules) - 1
 
 
+@kinds
+def test_a_quantised_module_is_not_trained_whole(kind):
+    model = nn.Sequential(KINDS[kind](), plain())
+    with pytest.raises(ValueError, match="names 0, whose weight is quantised"):
+        dk.adapt(model, dk.LoRA(r=2), ["1"], modules_to_save=["0"])
+    assert dk.report(model) == "nothing is adapted"
+
+
 @pytest.mark.parametrize("kind", ["bitsandbytes nf4", "bitsandbytes int8"])
 def test_a_weight_that_lost_its_scales_is_told_apart(kind):
     model = adapted(kind)

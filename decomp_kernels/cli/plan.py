@@ -26,7 +26,7 @@ temporaries, such as the gradient of the logits, and what communication and the 
 
 def gpu_counts(text: str) -> list[int]:
     counts = text.split(",")
-    if not all(count.strip().isdigit() and int(count) > 0 for count in counts):
+    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
         raise argparse.ArgumentTypeError(
             f"must be whole numbers of at least 1 such as 1,8,64, got {text!r}"
         )
