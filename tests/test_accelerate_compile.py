@@ -77,6 +77,20 @@ def test_pefts_own_dora_breaks_the_graph_and_ours_does_not():
     assert ours.graph_break_count == 0
 
 
+def test_compiled_dora_follows_a_base_weight_that_changes_after_an_eager_forward():
+    model = dk.accelerate(llama("dora")).eval()
+    ids = torch.randint(64, (1, 8))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        model(ids), compiled(ids)
+        for name, parameter in model.named_parameters():
+            if "base_layer.weight" in name:
+                parameter.mul_(2)
+        assert relative_error(compiled(ids).logits, model(ids).logits) < 1e-6
+    torch._dynamo.reset()
+
+
 def test_what_falls_back_compiles_too():
     model = dk.accelerate(llama("lora")).eval()
     ids = torch.randint(64, (1, 8))

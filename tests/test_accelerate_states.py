@@ -254,6 +254,18 @@ def test_hra_without_an_orthonormal_basis_is_pefts():
     assert calls(fast) == [{"more reflections than in_features": 1}]
 
 
+@pytest.mark.parametrize("name", ["dora", "hra", "loha-9"])
+def test_adapters_narrower_than_their_base_are_pefts_under_autocast(name):
+    stock, fast, x = pair(name)
+    for model in (stock.float(), fast.float()):
+        for key, parameter in model.named_parameters():
+            if "base_layer" not in key:
+                parameter.data = parameter.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x.float()), stock(x.float()))
+    assert "its adapter torch.bfloat16" in dk.report(fast)
+
+
 def test_hooks_inside_still_fire():
     _, fast, x = pair()
     seen = []

@@ -255,12 +255,15 @@ def check_tensors(x: Tensor, base: Base, others: list[Tensor]) -> None:
             raise PeftForward(f"it holds or is given a {type(tensor).__name__}")
         if tensor.device != x.device:
             raise PeftForward("its tensors are on several devices")
-    if autocast_dtype(x) is not None:
-        return
     dtypes = {tensor.dtype for tensor in others if tensor.is_floating_point()}
-    allowed = (x.dtype, torch.promote_types(x.dtype, torch.float32))
-    fits = isinstance(weight, QuantizedWeight) or x.dtype == weight.dtype
-    if not fits or len(dtypes) != 1 or not dtypes.issubset(allowed):
+    quantized = isinstance(weight, QuantizedWeight)
+    if autocast_dtype(x) is None:
+        fits = (quantized or x.dtype == weight.dtype) and len(dtypes) == 1
+        fits = fits and dtypes.issubset((x.dtype, torch.promote_types(x.dtype, torch.float32)))
+    else:  # x is cast, and what is of another dtype than the weight must be wide enough for it
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        fits = quantized or dtypes.issubset((weight.dtype, wide))
+    if not fits:
         listed = ", ".join(sorted(str(dtype) for dtype in dtypes))
         raise PeftForward(f"x is {x.dtype}, its weight {weight.dtype}, its adapter {listed}")
 

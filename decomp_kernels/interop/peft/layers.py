@@ -62,11 +62,14 @@ class Lora(Accelerated):
     def _run(self, plan: Plan, x: Tensor) -> Tensor:
         if not isinstance(plan.method, DoRA):
             return super()._run(plan, x)
-        view, norms = plan.view, self.fused.norms
-        for name, value in zip(NORMS, norms.get(plan.adapter, (None, None, None)), strict=True):
+        view, norms, nothing = plan.view, self.fused.norms, (None, None, None)
+        # A compiled forward cannot see that the weight has changed since an eager one.
+        compiling = torch.compiler.is_compiling()
+        kept = nothing if compiling else norms.get(plan.adapter, nothing)
+        for name, value in zip(NORMS, kept, strict=True):
             setattr(view, name, value)
         y = super()._run(plan, x)
-        if not torch.compiler.is_compiling():
+        if not compiling:
             norms[plan.adapter] = tuple(getattr(view, name) for name in NORMS)
         return y
 
