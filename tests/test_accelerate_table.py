@@ -109,7 +109,8 @@ def cell(method, base):
 
 
 def table():
-    rows = [line for line in DOCS.read_text().splitlines() if line.startswith("|")]
+    section = DOCS.read_text().partition("## What is accelerated\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
     cells = [[one.strip() for one in row.strip("|").split("|")] for row in rows]
     return cells[0], {row[0]: row[1:] for row in cells[2:]}
 
