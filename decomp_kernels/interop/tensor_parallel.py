@@ -7,7 +7,7 @@ Each rank runs the fused operator on its shards.  What is not split is replicate
 the sum of the ranks' parts, and that of a split tensor is its own: DTensor does the collectives.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,39 +32,40 @@ ROWS = {"weight": 1, "down": 1, "in_scale": 0}
 METHODS = ("dora", "ia3", "lora", "ssb", "ssl")  # their tensors are those, with no other meaning
 
 
-class ColwiseDecomposed(ColwiseParallel):
-    """ColwiseParallel for adapted linears too; options as there.  Methods: see METHODS."""
+class _Decomposed:
+    """What both styles add to PyTorch's: adapted linears, split along ``split``."""
+
+    split: ClassVar[dict[str, int]]
+    src_data_rank: int | None
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         _check_dense(module)
-        return super()._apply(module, device_mesh)
+        return super()._apply(module, device_mesh)  # type: ignore[misc]
 
     def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
         if isinstance(module, Decomposed):
             _check_methods(module)
-            _distribute(module, COLUMNS, device_mesh, self.src_data_rank)
+            if self.split is ROWS:
+                _check_sum(module)
+            _distribute(module, self.split, device_mesh, self.src_data_rank)
         elif name == "":
-            super()._partition_linear_fn(name, module, device_mesh)
+            super()._partition_linear_fn(name, module, device_mesh)  # type: ignore[misc]
 
 
-class RowwiseDecomposed(RowwiseParallel):
+class ColwiseDecomposed(_Decomposed, ColwiseParallel):
+    """ColwiseParallel for adapted linears too; options as there.  Methods: see METHODS."""
+
+    split = COLUMNS
+
+
+class RowwiseDecomposed(_Decomposed, RowwiseParallel):
     """RowwiseParallel for adapted linears too; options as there.
 
     Methods: see METHODS, but not DoRA, whose row norms go over all ranks' columns, and no branch
     with an activation, which is no sum of the ranks' parts.
     """
 
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _check_dense(module)
-        return super()._apply(module, device_mesh)
-
-    def _partition_linear_fn(self, name: str, module: nn.Module, device_mesh: DeviceMesh) -> None:
-        if isinstance(module, Decomposed):
-            _check_methods(module)
-            _check_sum(module)
-            _distribute(module, ROWS, device_mesh, self.src_data_rank)
-        elif name == "":
-            super()._partition_linear_fn(name, module, device_mesh)
+    split = ROWS
 
 
 class ShardedAdapter(Adapter):
