@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from decomp_kernels.methods.base import Method
+from decomp_kernels.methods.hira import HiRA
+from decomp_kernels.peft_form import PeftForm
 
 Peer = Callable[[nn.Linear, Any, torch.dtype], nn.Module]
 
@@ -48,12 +50,12 @@ def _peft_layer(config: Any, linear: nn.Linear, dtype: torch.dtype) -> nn.Module
     return model.base_model.model[0]
 
 
-def _low_rank(method: Any, **extra: Any) -> Any:
+def _pissa(method: Any) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
         r=method.r, lora_alpha=method.alpha, lora_dropout=method.dropout,
-        use_rslora=method.use_rslora, **_TARGET, **extra,
+        use_rslora=method.use_rslora, init_lora_weights="pissa_niter_4", **_TARGET,
     )  # fmt: skip
 
 
@@ -81,33 +83,33 @@ def _oft(method: Any) -> Any:
     )  # fmt: skip
 
 
-def _same_options(config: str, **names: str) -> Callable[[Any], Any]:
-    """A configuration whose options are ours: PEFT's name = our name; None is PEFT's default."""
+def _same_options(method: Any, form: PeftForm | None = None) -> Any:
+    """The configuration of ``form``, the method's own by default, with the method's options; None
+    among them is PEFT's default.
+    """
+    import peft
 
-    def make(method: Any) -> Any:
-        import peft
-
-        options = {theirs: getattr(method, ours) for theirs, ours in names.items()}
-        given = {name: value for name, value in options.items() if value is not None}
-        return getattr(peft, config)(**given, **_TARGET)
-
-    return make
+    form = form or type(method).peft_form
+    assert form is not None
+    options = {theirs: getattr(method, ours) for ours, theirs in form.options.items()}
+    given = {name: value for name, value in options.items() if value is not None}
+    return getattr(peft, form.config)(**form.fixed, **given, **_TARGET)
 
 
 CONFIGS: dict[str, Callable[[Any], Any]] = {
-    "lora": _low_rank,
-    "dora": lambda method: _low_rank(method, use_dora=True),
-    "pissa": lambda method: _low_rank(method, init_lora_weights="pissa_niter_4"),
+    "lora": _same_options,
+    "dora": _same_options,
+    "pissa": _pissa,
     "adalora": _adalora,
-    "vera": _same_options("VeraConfig", r="r", vera_dropout="dropout", d_initial="d_initial"),
-    "hira": _same_options("HiraConfig", r="r"),
-    "liera": _same_options("HiraConfig", r="r"),
-    "loha": _same_options("LoHaConfig", r="r", alpha="alpha"),
-    "lokr": _same_options("LoKrConfig", r="r", alpha="alpha", decompose_both="decompose_both"),
+    "vera": _same_options,
+    "hira": _same_options,
+    "liera": lambda method: _same_options(method, HiRA.peft_form),
+    "loha": _same_options,
+    "lokr": _same_options,
     "oft": _oft,
-    "boft": _same_options("BOFTConfig", boft_block_size="block_size", boft_block_num="block_num"),
-    "hra": _same_options("HRAConfig", r="r", apply_GS="apply_GS"),
-    "sparse": _same_options("ShiraConfig", r="r"),
+    "boft": _same_options,
+    "hra": _same_options,
+    "sparse": _same_options,
     "ia3": lambda method: _ia3([]),
     "ssl": lambda method: _ia3(["0"]),
 }
