@@ -1,6 +1,7 @@
 """docs/peft.md's table against what accelerate does, and quantised bases against float64."""
 
 import copy
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -21,6 +22,7 @@ from decomp_kernels.testing import assert_as_good_as
 
 K, N = 64, 96
 DOCS = Path(__file__).parent.parent / "docs" / "peft.md"
+RESULTS = "benchmarks/results/cpu/accelerated-layers.json"
 
 
 def in_4bit(dtype):
@@ -121,6 +123,19 @@ def test_the_documented_table_is_what_happens(method):
     assert header == ["method", *BASES]
     assert list(rows) == list(METHODS)
     assert rows[method] == [cell(METHODS[method], base) for base in BASES]
+
+
+def test_the_documented_times_are_the_results_files():
+    found = json.loads((DOCS.parent.parent / RESULTS).read_text())["rows"]
+    assert len(found) == 8
+    assert all(row["path"].endswith(" fused") for row in found)
+    for row in found:
+        said, control = (
+            f"{row[of][0]:.2f} [{row[of][1]:.2f}, {row[of][2]:.2f}]"
+            for of in ("accelerated_over_peft", "control_over_peft")
+        )
+        line = f"| {row['method']}, {row['base']} | {row['dropout']:g} | {said} | {control} |"
+        assert line in DOCS.read_text()
 
 
 QUANTIZED = ("bnb 4-bit", "bnb 8-bit", "torchao int8")
