@@ -43,9 +43,9 @@ LAYERS = [
     {
         "interop": "files; other libraries",
         "planning": "memory of fine-tuning, counted on shapes",
-        "bench": "the measuring engine",
         "testing": "the tolerance policy",
     },
+    {"bench": "measuring: the engine, the suites, their tables and pictures"},
     {"cli": "the decomp-kernels command"},
 ]
 

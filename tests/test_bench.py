@@ -1,6 +1,5 @@
 """The measuring engine: what it says of cases whose answer is known by hand."""
 
-import argparse
 import json
 import subprocess
 import sys
@@ -12,8 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from decomp_kernels.bench import cli, engine, layers, memory, peers, record, report
+from decomp_kernels.bench import engine, layer_tables, layers, memory, peers, record
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
+from decomp_kernels.cli.bench import layer as layer_suite
+from decomp_kernels.cli.main import main
 from decomp_kernels.methods import methods
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
 
@@ -226,9 +227,7 @@ def test_ssl_saves_x():
 
 
 def bench(*words):
-    parser = argparse.ArgumentParser()
-    cli.add_arguments(parser)
-    return cli.run(parser.parse_args([str(word) for word in words]))
+    return main(["bench", *map(str, words)])
 
 
 def test_rows_cover_the_registry_and_the_variants():
@@ -329,11 +328,11 @@ def test_no_trained_tensor_is_at_its_start():
 def test_the_repository_s_goals_name_rows_that_exist():
     goals = Path(__file__).parents[1] / "benchmarks" / "goals.json"
     known = {
-        report.key({**vars(row), "label": row.label, "shape": row.shape})
-        for row in layers.rows(None, cli.SHAPES, ["float32", "bfloat16"], 16)
+        layer_tables.key({**vars(row), "label": row.label, "shape": row.shape})
+        for row in layers.rows(None, layer_suite.SHAPES, ["float32", "bfloat16"], 16)
     }
     for goal in json.loads(goals.read_text())["goals"]:
-        assert report.key(goal | {"bias": False}) in known, goal
+        assert layer_tables.key(goal | {"bias": False}) in known, goal
 
 
 @pytest.mark.parametrize("words", [("--shape", "8,16"), ("--rounds", "0"), ("--dtype", "int8")])
@@ -375,11 +374,11 @@ def test_several_processes_show_a_range():
         return {"label": "a", "shape": [1, 2, 3], "dtype": "float32", "adapter_dtype": "float32",
                 "bias": False, "contenders": {"ours": {"ratio": ratio}}}  # fmt: skip
 
-    groups = report.grouped([row(1.1), row(1.3)])
+    groups = layer_tables.grouped([row(1.1), row(1.3)])
     assert len(groups) == 1
     (group,) = groups.values()
-    assert report.ratio_text(group, "ours") == "1.10-1.30"
-    assert report.quartiles(group, "ours") == pytest.approx((1.0, 1.4))
+    assert layer_tables.ratio_text(group, "ours") == "1.10-1.30"
+    assert layer_tables.quartiles(group, "ours") == pytest.approx((1.0, 1.4))
 
 
 def test_the_operators_benchmarks_run():

@@ -124,10 +124,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time and memory, next to PEFT's")
     if arguments[:1] == ["bench"]:  # its suites are imported by itself alone
-        from decomp_kernels.bench import cli
+        from decomp_kernels.cli.bench import command
 
-        cli.add_arguments(bench)
-        bench.set_defaults(run=cli.run)
+        command.add_arguments(bench)
     return parser
 
 

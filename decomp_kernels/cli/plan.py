@@ -5,10 +5,11 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from decomp_kernels.bench.tables import counted
 from decomp_kernels.cli.errors import BadInput, one_line
 from decomp_kernels.cli.explain import DTYPES
 from decomp_kernels.cli.options import MethodChoice, parse_names
-from decomp_kernels.cli.text import aligned, counted
+from decomp_kernels.cli.text import aligned
 from decomp_kernels.cli.unloaded import UNUSABLE, configuration, unloaded
 from decomp_kernels.methods.base import Method
 from decomp_kernels.planning import Plan, plan

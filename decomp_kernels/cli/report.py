@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from decomp_kernels.bench import engine, record
+from decomp_kernels.bench.tables import counted
 from decomp_kernels.cli.checkpoint import write_bytes, write_json
 from decomp_kernels.cli.checks import Agreement
 from decomp_kernels.cli.compare import ACCELERATED, Compared
@@ -18,7 +19,7 @@ from decomp_kernels.cli.loop import History
 from decomp_kernels.cli.options import TrainOptions
 from decomp_kernels.cli.picture import draw
 from decomp_kernels.cli.tasks import Scores, Task
-from decomp_kernels.cli.text import aligned, counted
+from decomp_kernels.cli.text import aligned
 
 FORMAT = "decomp_kernels.train/1"
 MIB = 2**20

@@ -3,11 +3,6 @@
 from collections.abc import Sequence
 
 
-def counted(number: int, word: str) -> str:
-    """1 thread, 2 threads."""
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
-
-
 def aligned(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
     """The first row is the header; a ": " in its cells breaks it into two lines.
 

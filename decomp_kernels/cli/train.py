@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import decomp_kernels as dk
+from decomp_kernels.bench.tables import counted
 from decomp_kernels.cli import checks, folder, loop, models
 from decomp_kernels.cli.companions import companion
 from decomp_kernels.cli.compare import Compared, compare, twin
@@ -26,7 +27,6 @@ from decomp_kernels.cli.options import MethodChoice, TrainOptions
 from decomp_kernels.cli.report import Trained, write_all
 from decomp_kernels.cli.retrieval import Retrieval
 from decomp_kernels.cli.tasks import Scores, Task, gain_interval
-from decomp_kernels.cli.text import counted
 
 BUILT_IN_STEPS = 60
 

@@ -1,4 +1,4 @@
-"""Tables and pictures of results files: overhead over the frozen layer, peak memory, bytes saved.
+"""Tables and pictures of the layer suite: overhead over the frozen layer, peak, bytes saved.
 
 Rows of the same method, shape and dtypes from several processes or files are one line: the median
 of the processes' medians, their range where there are several, and the outermost quartiles.
@@ -11,9 +11,7 @@ from typing import Any
 
 from decomp_kernels.bench.engine import CONTROL, FROZEN
 from decomp_kernels.bench.layers import OURS, PEER
-
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-MIB = 2**20
+from decomp_kernels.bench.tables import MIB, SHORT, markdown
 
 Key = tuple[str, tuple[int, int, int], str, str, bool]
 Group = list[dict[str, Any]]
@@ -96,16 +94,6 @@ def cells(group: Group, phase: str = "both") -> tuple[str, ...]:
 def table(rows: Iterable[dict[str, Any]], phase: str = "both") -> str:
     """The table as Markdown, padded so that it reads in a terminal too."""
     return markdown(HEADER, [cells(group, phase) for group in grouped(rows).values()])
-
-
-def markdown(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-
-    def text(line: tuple[str, ...]) -> str:
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-
-    ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([text(header), ruler, *map(text, lines)])
 
 
 def against_goals(rows: Iterable[dict[str, Any]], goals: list[dict[str, Any]]) -> str:

@@ -1,0 +1,73 @@
+"""What every suite is asked: how many rounds, on what, with which clock, and where it writes."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decomp_kernels.bench import engine, record
+from decomp_kernels.bench.shapes import positive
+from decomp_kernels.cli.errors import BadInput
+
+
+def add_protocol(parser: argparse.ArgumentParser, rounds: int, quick_rounds: int) -> None:
+    parser.add_argument(
+        "--rounds", type=positive, help=f"default: {rounds}, with --quick {quick_rounds}"
+    )
+    parser.add_argument("--threads", type=positive, help="default: PyTorch's own choice")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: the CPU time of the thread, with --threads 1: on a machine that others use too",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
+    parser.set_defaults(default_rounds=(rounds, quick_rounds))
+    add_places(parser)
+
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="samples and all the rest")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png")
+
+
+def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options as the results file has them, checked; torch's threads are set."""
+    if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
+        raise BadInput(
+            "--clock cpu is the CPU time of one thread: give --threads 1 and --device cpu with it, "
+            f"got --threads {args.threads} and --device {args.device}"
+        )
+    try:
+        torch.empty(1, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise BadInput(
+            f"--device {args.device} needs a device that PyTorch sees; it sees "
+            f"{torch.accelerator.current_accelerator() or 'the CPU alone'}"
+        ) from None
+    check_places(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    return {
+        "rounds": args.rounds or args.default_rounds[args.quick],
+        "warmup": 3,
+        "threads": torch.get_num_threads(),
+        "clock": args.clock,
+        "device": args.device,
+        "seed": args.seed,
+    }
+
+
+def check_places(args: argparse.Namespace) -> None:
+    """Make the folders of what will be written, before the work."""
+    for path in (args.output, args.picture):
+        if path is not None:
+            record.check_place(path)
+
+
+def clock_of(protocol: dict[str, Any]) -> engine.Clock:
+    if protocol["clock"] == "cpu":
+        return time.thread_time_ns
+    return engine.device_clock(torch.device(protocol["device"]))
