@@ -11,7 +11,7 @@ from typing import Any
 
 from decomp_kernels.bench.engine import CONTROL, FROZEN
 from decomp_kernels.bench.layers import OURS, PEER
-from decomp_kernels.bench.tables import MIB, SHORT, markdown
+from decomp_kernels.bench.tables import MIB, SHORT, Table, markdown
 
 Key = tuple[str, tuple[int, int, int], str, str, bool]
 Group = list[dict[str, Any]]
@@ -168,3 +168,7 @@ def picture(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def tables(content: dict[str, Any]) -> list[Table]:
+    return [Table("Every method", HEADER, [cells(g) for g in grouped(content["rows"]).values()])]

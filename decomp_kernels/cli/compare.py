@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from decomp_kernels.bench import engine, memory, peers
+from decomp_kernels.bench.train_tables import ACCELERATED
 from decomp_kernels.cli.errors import need, one_line
 from decomp_kernels.cli.models import training_mode
 from decomp_kernels.cli.tasks import Task
@@ -27,7 +28,6 @@ from decomp_kernels.linear import Decomposed
 from decomp_kernels.methods.base import Method
 
 PEFT = "PEFT"
-ACCELERATED = "PEFT, accelerate()"
 
 
 @dataclass
