@@ -1,8 +1,8 @@
 """What a user gains, and where not: a step over the frozen layer, ours beside PEFT's.
 
 Made of results files of the layer suite.  "PEFT / ours" is the time of PEFT's layer over ours in
-the same round, median and quartiles over all rounds: above 1 ours is faster.  A row counts as
-faster or slower where both quartiles are on that side of 1, and as neither where they are not.
+the same round, median and quartiles over all rounds.  A row is a win (or a miss) where both
+quartiles are above (below) 1, and neither where they are not.
 Where PEFT lacks a method the peer is the formula of its authors, written plainly.
 """
 
@@ -87,10 +87,10 @@ def shown(found: Sequence[Gain]) -> list[Gain]:
 
 
 def table(found: Sequence[Gain]) -> Table:
-    """The headline: times over the frozen layer, how much faster than the peer, peak memory."""
+    """The headline: times over the frozen layer, the peer's time over ours, peak memory."""
     compiled = any(gain.compiled for gain in found)
     header = ["method", "ours", "PEFT", *([COMPILED] if compiled else []), "PEFT / ours"]
-    header += ["peak MiB: ours", "PEFT", "frozen"]
+    header += ["peak MiB: ours", "peak MiB: PEFT", "peak MiB: frozen"]
     lines = []
     for gain in found:
         cells = [gain.label, f"{gain.ours.median:.2f}"]
@@ -114,7 +114,7 @@ def table(found: Sequence[Gain]) -> Table:
 
 
 def sides(found: Iterable[Gain]) -> tuple[list[Gain], list[Gain], list[Gain]]:
-    """(faster than PEFT, slower than PEFT, neither): by both quartiles of PEFT / ours."""
+    """(wins, misses, neither): by both quartiles of PEFT / ours."""
     faster: list[Gain] = []
     slower: list[Gain] = []
     even: list[Gain] = []

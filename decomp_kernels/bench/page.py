@@ -99,7 +99,8 @@ def _section(number: int, file: Shown) -> str:
         raise ValueError(f"{file.name}: {error}") from error
     whole = rerun.command(content)
     command = "" if whole is None else f"<p>Again: <code>{escape(whole)}</code></p>"
-    return f"""<section id="file-{number}"><h2>{escape(_title(file))} <small>{escape(Path(file.name).name)}</small></h2>
+    title = f"{escape(_title(file))} <small>{escape(Path(file.name).name)}</small>"
+    return f"""<section id="file-{number}"><h2>{title}</h2>
 <p class="where">{escape(where)}</p>
 {command}
 {_facts(file)}
@@ -190,7 +191,8 @@ color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.7rem;line-height:1.2;margin:.2rem 0 .6rem}
 h2{font-size:1.3rem;margin:2.6rem 0 .2rem;padding-top:.8rem;border-top:1px solid var(--line)}
 h3{font-size:1.05rem;margin:1.6rem 0 .4rem}
-p{margin:.5rem 0;max-width:60rem}a{color:var(--link)}small,.where,dt{color:var(--soft)}h2 small{font-weight:normal;font-size:.7em}
+p{margin:.5rem 0;max-width:60rem}a{color:var(--link)}small,.where,dt{color:var(--soft)}
+h2 small{font-weight:normal;font-size:.7em}
 .where{font-size:.9rem;margin:0 0 .6rem}
 nav ul{padding-left:1.2rem;margin:.4rem 0}
 code{font:.85em ui-monospace,monospace;overflow-wrap:anywhere;background:var(--band);
