@@ -6,8 +6,8 @@
 
 A block names files under benchmarks/results, then a table by its title, or ``gains`` (the headline
 table), ``misses`` (where PEFT is faster) or ``goals``.  A figure names a file, cells that a line
-has (or its table's title), and the column; exactly one line must have them.  Text between the marks is never edited by
-hand; marks inside fenced code are left alone.  --check compares and writes nothing.
+has (or its table's title), and the column; exactly one line must have them.  Text between the marks
+is never edited by hand; marks inside fenced code are left alone.  --check writes nothing.
 """
 
 import argparse
