@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from decomp_kernels.bench import engine, memory, peers
+from decomp_kernels.bench import engine, formulas, memory, peers
 from decomp_kernels.cli.errors import need, one_line
 from decomp_kernels.cli.models import training_mode
 from decomp_kernels.cli.tasks import Task
@@ -58,13 +58,12 @@ def method_of(model: nn.Module) -> Method:
 
 def peer_of(model: nn.Module, method: Method, adapted: list[str]) -> tuple[nn.Module, str] | None:
     """(the same method by others on the same modules, whose it is), None where nobody has it."""
-    if method.name in peers.FORMULAS:
-        formula: Any = peers.FORMULAS[method.name]
+    if formulas.why_not(method) is None:
         made = twin(model)
         for name in adapted:
             parent, _, last = name.rpartition(".")
             linear = _as_linear(made.get_submodule(name))
-            setattr(made.get_submodule(parent), last, formula(linear, method))
+            setattr(made.get_submodule(parent), last, formulas.at_start(linear, method))
         return made, "authors' formula"
     if method.name not in peers.CONFIGS or find_spec("peft") is None:
         return None
