@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from decomp_kernels.bench import engine, memory, peers
+from decomp_kernels.bench import conditions, engine, memory, peers
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
 from decomp_kernels.explanation import Explanation, explain
 from decomp_kernels.linear import DecomposedLinear
@@ -93,15 +93,18 @@ def run(
     clock: engine.Clock | None = None,
     peer: bool = True,
     impls: Sequence[str] = (),
+    cold: bool = False,
 ) -> dict[str, Any]:
     """Measure one row: ratios, times, peak memory and bytes saved, as the results file has them.
 
     clock: the device's wall clock where it is None.  impls: implementations beside what auto takes.
+    cold: cold caches too, which a GPU's rows have anyway.
     """
     started = time.monotonic()
     contenders, modules = build(row, seed=seed, device=device, peer=peer, impls=impls)
-    clock = engine.device_clock(device) if clock is None else clock
-    samples = engine.measure(contenders, rounds, warmup=warmup, seed=seed, clock=clock)
+    samples, not_replayed = conditions.measure(
+        contenders, rounds, device=device, clock=clock, warmup=warmup, seed=seed, cold=cold
+    )
     measured = {}
     for contender, module in zip(contenders, modules, strict=True):
         kept = [*module.parameters(), *module.buffers()]
@@ -117,6 +120,8 @@ def run(
             "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
         }
     described = asdict(row) | {"label": row.label, "options": dict(row.options)}
+    for name, why in not_replayed.items():
+        measured[name]["not_replayed"] = why
     return described | {
         "contenders": measured,
         "seconds": round(time.monotonic() - started, 2),
