@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from decomp_kernels import roofline
-from decomp_kernels.bench import engine, memory
+from decomp_kernels.bench import conditions, engine, memory
 from decomp_kernels.bench.contenders import OURS, Contenders, Entry
 from decomp_kernels.bench.engine import FROZEN, PHASES, Samples
 from decomp_kernels.explanation import Explanation, explain
@@ -131,20 +131,25 @@ def run(
     impls: Sequence[str] = (),
     others: bool = True,
     compile_too: bool = False,
+    cold: bool = False,
 ) -> dict[str, Any]:
     """Measure one row: ratios, times, peak memory, bytes saved and work, as the results file has
     them.
 
-    clock: the device's wall clock where it is None.  The rest as Contenders has it.
+    clock: the device's wall clock where it is None.  cold: cold caches too, which a GPU's rows have
+    anyway.  The rest as Contenders has it.
     """
     started = time.monotonic()
     made = build(
         row, seed=seed, device=device, impls=impls, others=others, compile_too=compile_too
     )
-    clock = engine.device_clock(device) if clock is None else clock
     contenders = [entry.contender for entry in made.entries]
-    samples = engine.measure(contenders, rounds, warmup=warmup, seed=seed, clock=clock)
+    samples, not_replayed = conditions.measure(
+        contenders, rounds, device=device, clock=clock, warmup=warmup, seed=seed, cold=cold
+    )
     measured = {entry.contender.name: _measured(entry, samples, device) for entry in made.entries}
+    for name, why in not_replayed.items():
+        measured[name]["not_replayed"] = why
     explained = explain(made.ours, row.shape[0])
     described = asdict(row) | {"label": row.label, "options": dict(row.options)}
     return described | {

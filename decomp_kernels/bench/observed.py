@@ -151,4 +151,6 @@ class Compiled(nn.Module):
             return "eager: torch.compile made no graph"
         made = f"{self.seen} graph{'' if self.seen == 1 else 's'}, {self.breaks} breaks"
         again = self.graphs - self.seen
-        return f"compiled: {made}" + (f", compiled again {again} times while timed" if again else "")
+        return f"compiled: {made}" + (
+            f", compiled again {again} times while timed" if again else ""
+        )
