@@ -39,7 +39,7 @@ class Observed:
             if not name.startswith(_FOLDERS):
                 continue
             for function in _FUNCTIONS:
-                body = vars(module).get(function)
+                body: Any = vars(module).get(function)
                 made = isinstance(body, functools.partial)  # of another module's function
                 if made or getattr(body, "__module__", None) == name:
                     self._replaced.append((module, function, body))
