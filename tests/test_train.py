@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import decomp_kernels as dk
-from decomp_kernels.bench import peers, twins
+from decomp_kernels.bench import formulas, peers, twins
 from decomp_kernels.cli import checkpoint, checks, compare, folder, loop
 from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.main import main
@@ -622,7 +622,7 @@ def test_a_peer_computes_what_ours_does_at_the_start(models, name):
     assert all(p.grad is not None for p in trained)
 
 
-@pytest.mark.parametrize("name", sorted({*peers.CONFIGS, *peers.FORMULAS}))
+@pytest.mark.parametrize("name", sorted({*peers.CONFIGS, *formulas.FORMULAS}))
 def test_a_peer_leaves_the_shared_weights_alone(models, name):
     """PiSSA's initialisation writes to its base; nothing may write to that of the others."""
     from transformers import AutoModel, AutoTokenizer

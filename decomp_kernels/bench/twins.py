@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from decomp_kernels.bench import peers
+from decomp_kernels.bench import formulas, peers
 from decomp_kernels.linear import Decomposed
 from decomp_kernels.methods.base import Method
 
@@ -43,13 +43,12 @@ def peer_of(
     adapted: paths of the modules.  wide: PEFT's matrices in float32 on a 16-bit model, which is its
     default and ours.  Raises ValueError where PEFT does not take these options or shapes.
     """
-    if method.name in peers.FORMULAS:
-        formula: Any = peers.FORMULAS[method.name]
+    if formulas.why_not(method) is None:
         made = twin(model)
         for name in adapted:
             parent, _, last = name.rpartition(".")
             linear = _as_linear(made.get_submodule(name))
-            setattr(made.get_submodule(parent), last, formula(linear, method))
+            setattr(made.get_submodule(parent), last, formulas.at_start(linear, method))
         return made, FORMULA
     if method.name not in peers.CONFIGS or find_spec("peft") is None:
         return None

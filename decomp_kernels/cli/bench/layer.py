@@ -42,6 +42,10 @@ def add(suites: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--bias", action="store_true", help="layers with a bias")
     parser.add_argument("--no-peer", action="store_true", help="leave out PEFT and the formulas")
+    parser.add_argument(
+        "--cold", action="store_true",
+        help="time with flushed caches too; on a GPU these times are always there",
+    )  # fmt: skip
     add_protocol(parser, rounds=25, quick_rounds=5)
     parser.set_defaults(run=run)
 
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
         "processes": args.processes,
         "rank": args.rank,
         "peer": not args.no_peer,
+        "cold": args.cold,
     }
     measured: list[dict[str, Any]] = []
     for process in range(args.processes):
@@ -97,6 +102,7 @@ def _measure(work: tuple[layers.Row, dict[str, Any]]) -> dict[str, Any]:
         device=torch.device(protocol["device"]),
         clock=clock_of(protocol),
         peer=protocol["peer"],
+        cold=protocol["cold"],
     )
 
 
