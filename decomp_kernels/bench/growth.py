@@ -1,8 +1,8 @@
 """The scale suite: one size grows, the others stay, and each point is an interleaved run.
 
 A point is one method on a stack of adapted linears, forward + backward.  Its contenders: the frozen
-stack, an identical second one (the control), ours, and the peer where one exists (PEFT's layer, or
-the authors' formula).  The axes: M tokens, N out, K in, r the rank, layers of a stack of square
+stack, an identical second one (the control), ours, and PEFT's layers, or the written-out formula of
+what PEFT lacks.  The axes: M tokens, N out, K in, r the rank, layers of a stack of square
 linears, and ranks, processes that reduce the adapter's gradients (bench/ranks.py).
 """
 
@@ -24,7 +24,7 @@ from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import methods
 from decomp_kernels.methods.base import Method
 
-OURS, PEER = "ours", "peer"
+OURS, PEFT, FORMULA = "ours", "PEFT", "formula"
 AXES = ("M", "N", "K", "r", "layers", "ranks")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Sizes = Mapping[str, Sequence[int]]
@@ -220,7 +220,9 @@ def build(
     theirs = [peers.peer(method, one, dtype) for one in linears()] if peer else []
     if theirs and theirs[0] is not None:
         modules = [found[0] for found in theirs if found is not None]
-        made.append(Stack(PEER, _stack(modules), theirs[0][1]))
+        path = theirs[0][1]
+        name = PEFT if path.startswith("peft") else FORMULA
+        made.append(Stack(name, _stack(modules), path))
     for stack in made:
         _leave_the_start(stack.module)
     torch.manual_seed(seed + 1 + data_seed)

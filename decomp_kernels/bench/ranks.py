@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from decomp_kernels.bench import engine, growth
 from decomp_kernels.bench.engine import Contender, Samples
-from decomp_kernels.bench.growth import OURS, PEER, Point
+from decomp_kernels.bench.growth import FORMULA, OURS, PEFT, Point
 
 ALONE = "ours, not reduced"  # the same without DistributedDataParallel: what reducing costs
 
@@ -56,7 +56,9 @@ def run(
     """Measure points of one number of ranks in one start of so many processes: a row for each.
 
     threads: of each process.  clock: one that can be pickled, the device's wall clock where it is
-    None.  timeout: seconds for all of it, after which every process is killed.
+    None.  timeout: seconds for all of it, after which every process is killed.  A row's "ideal" is
+    how much longer than alone so many processes take if they only compute: 1 until their threads
+    are more than the cores.  RanksFailed as of ``apart``.
     """
     (world,) = {point.ranks for point in points}
     options = {
@@ -64,8 +66,11 @@ def run(
         "device": str(device), "clock": clock, "peer": peer,
     }  # fmt: skip
     by_rank = apart(_measure, world, (list(points), options), timeout)
+    ideal = 1.0
+    if clock is not time.thread_time_ns and device.type == "cpu":
+        ideal = max(1.0, world * threads / cores())
     return [
-        _together(found) | {"cores": cores(), "threads": threads}
+        _together(found) | {"cores": cores(), "threads": threads, "ideal": ideal}
         for found in zip(*by_rank, strict=True)
     ]
 
@@ -180,7 +185,7 @@ def _point(
     made: list[Contender] = []
     spent: dict[str, list[int]] = {}
     for index, stack in enumerate(stacks):
-        if stack.name in (OURS, PEER):
+        if stack.name in (OURS, PEFT, FORMULA):
             reduced[stack.name] = _reduced(stack.module, x, dy)
             stacks[index] = stack = replace(stack, module=_parallel(stack.module, device))
         contender = engine.layer(stack.name, stack.module, x, dy, stack.path)

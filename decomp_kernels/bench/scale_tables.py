@@ -13,7 +13,7 @@ from typing import Any
 
 from decomp_kernels.bench.engine import CONTROL, FROZEN, spread
 from decomp_kernels.bench.exponents import Fit, fit
-from decomp_kernels.bench.growth import OURS, PEER
+from decomp_kernels.bench.growth import FORMULA, OURS, PEFT
 from decomp_kernels.bench.ranks import ALONE
 from decomp_kernels.bench.tables import MIB, SHORT, Table
 
@@ -79,9 +79,9 @@ def counted(what: str, added: bool = False) -> Value:
     return value
 
 
-def ideal_time(row: Row) -> float:
-    """Of data parallel processes that only compute: 1 until there are more of them than cores."""
-    return max(1.0, row["ranks"] * row["threads"] / row["cores"])
+def peer_of(row: Row) -> str:
+    """Who is beside ours: PEFT's layers, or the formula of what PEFT lacks."""
+    return FORMULA if FORMULA in row["contenders"] else PEFT
 
 
 def fitted(group: Series, value: Value, name: str = OURS) -> tuple[Fit | None, int]:
@@ -121,29 +121,31 @@ def _name(group: Series) -> tuple[str, str, str]:
 def _by_work(group: Series, added: bool = False) -> str:
     """The exponents that the counted FLOPs and bytes have over the same sizes."""
     if group[0]["axis"] == "ranks":
-        return "-" if added else exponent(group, ideal_time).partition(" ")[0]
+        return "-" if added else exponent(group, lambda row: row["ideal"]).partition(" ")[0]
     texts = [exponent(group, counted(what, added), why="none") for what in ("flops", "bytes")]
     return " / ".join(text.partition(" ")[0] for text in texts)
 
 
 def _times(groups: list[Series]) -> Table:
     header = (
-        "axis", "method", "sizes", "frozen", "ours", "peer", "by FLOPs / bytes",
-        "ours adds", "peer adds", "adds by FLOPs / bytes",
+        "axis", "method", "sizes", "frozen", "ours", "PEFT or formula", "by FLOPs / bytes",
+        "ours adds", "theirs adds", "adds by FLOPs / bytes",
     )  # fmt: skip
-    lines = [
-        (
-            *_name(group),
-            exponent(group, time_of(FROZEN), FROZEN),
-            exponent(group, time_of(OURS)),
-            exponent(group, time_of(PEER), PEER),
-            _by_work(group),
-            exponent(group, added_time(OURS)),
-            exponent(group, added_time(PEER), PEER),
-            _by_work(group, added=True),
+    lines = []
+    for group in groups:
+        peer = peer_of(group[0])
+        lines.append(
+            (
+                *_name(group),
+                exponent(group, time_of(FROZEN), FROZEN),
+                exponent(group, time_of(OURS)),
+                exponent(group, time_of(peer), peer),
+                _by_work(group),
+                exponent(group, added_time(OURS)),
+                exponent(group, added_time(peer), peer),
+                _by_work(group, added=True),
+            )
         )
-        for group in groups
-    ]
     return Table(
         "Exponents of time",
         header,
@@ -158,12 +160,12 @@ def _times(groups: list[Series]) -> Table:
 
 def _memory(groups: list[Series]) -> Table:
     header = (
-        "axis", "method", "sizes", "peak frozen", "peak ours", "peak peer", "ours adds",
-        "peer adds", "saved ours", "saved peer", "saved, by formula",
+        "axis", "method", "sizes", "peak frozen", "peak ours", "peak theirs", "ours adds",
+        "theirs adds", "saved ours", "saved theirs", "saved, by law",
     )  # fmt: skip
     lines = []
     for group in groups:
-        of = SAVED.get(group[0]["method"])
+        of, peer = SAVED.get(group[0]["method"]), peer_of(group[0])
 
         def formula(row: Row, of=of) -> float | None:
             M, K, N = row["shape"]
@@ -174,11 +176,11 @@ def _memory(groups: list[Series]) -> Table:
                 *_name(group),
                 exponent(group, held(FROZEN, "peak_bytes"), FROZEN),
                 exponent(group, held(OURS, "peak_bytes")),
-                exponent(group, held(PEER, "peak_bytes"), PEER),
+                exponent(group, held(peer, "peak_bytes"), peer),
                 exponent(group, held(OURS, "peak_bytes", FROZEN), why="none"),
-                exponent(group, held(PEER, "peak_bytes", FROZEN), PEER, why="none"),
+                exponent(group, held(peer, "peak_bytes", FROZEN), peer, why="none"),
                 exponent(group, held(OURS, "saved_bytes"), why="none"),
-                exponent(group, held(PEER, "saved_bytes"), PEER, why="none"),
+                exponent(group, held(peer, "saved_bytes"), peer, why="none"),
                 exponent(group, formula, why="-").partition(" ")[0],
             )
         )
@@ -196,11 +198,12 @@ def _memory(groups: list[Series]) -> Table:
 def _sizes(groups: list[Series]) -> Table:
     header = (
         "axis", "method", "size", "M x K x N", "dtype", "ms frozen", "ms ours", "ours", "[q1, q3]",
-        "peer", "control", "peak MiB ours/peer/frozen", "saved KiB ours/peer", "path", "peer is",
+        "theirs", "control", "peak MiB ours/theirs/frozen", "saved KiB ours/theirs", "path",
+        "theirs is",
     )  # fmt: skip
     lines = []
     for row in (row for group in groups for row in group):
-        found = row["contenders"]
+        found, peer = row["contenders"], peer_of(row)
 
         def ratio(name: str, found=found) -> str:
             return f"{found[name]['ratio']['both']['median']:.2f}" if name in found else "-"
@@ -223,12 +226,12 @@ def _sizes(groups: list[Series]) -> Table:
                 f"{statistics.median(found[OURS]['ns']['both']) / 1e6:.2f}",
                 ratio(OURS),
                 spread_of(OURS),
-                ratio(PEER),
+                ratio(peer),
                 spread_of(CONTROL),
-                "/".join(size(name, "peak_bytes", MIB, 2) for name in (OURS, PEER, FROZEN)),
-                "/".join(size(name, "saved_bytes", 1024, 0) for name in (OURS, PEER)),
+                "/".join(size(name, "peak_bytes", MIB, 2) for name in (OURS, peer, FROZEN)),
+                "/".join(size(name, "saved_bytes", 1024, 0) for name in (OURS, peer)),
                 found[OURS]["path"],
-                found[PEER]["path"] if PEER in found else "-",
+                found[peer]["path"] if peer in found else "-",
             )
         )
     return Table(
@@ -243,13 +246,13 @@ def _sizes(groups: list[Series]) -> Table:
 def _ranks(groups: list[Series]) -> Table:
     header = (
         "method", "ranks", "ms ours", "CPU ms a rank", "efficiency", "of the cores", "ours",
-        "not reduced", "peer", "control", "KiB reduced a step ours/peer",
+        "not reduced", "theirs", "control", "KiB reduced a step ours/theirs",
     )  # fmt: skip
     lines, fewer = [], ""
     for group in groups:
         one = next((row for row in group if row["ranks"] == 1), None)
         for row in group:
-            found = row["contenders"]
+            found, peer = row["contenders"], peer_of(row)
 
             def ratio(name: str, found=found) -> str:
                 return f"{found[name]['ratio']['both']['median']:.2f}" if name in found else "-"
@@ -260,7 +263,7 @@ def _ranks(groups: list[Series]) -> Table:
             if one is not None:
                 reached = statistics.median(one["contenders"][OURS]["ns"]["both"]) / ns
                 efficiency = f"{reached:.0%}"
-                of_cores = f"{reached * ideal_time(row) / ideal_time(one):.0%}"
+                of_cores = f"{reached * row['ideal'] / one['ideal']:.0%}"
             if row["ranks"] * row["threads"] > row["cores"]:
                 fewer = (
                     f" This machine has {row['cores']} cores, fewer than the ranks' threads in "
@@ -268,12 +271,12 @@ def _ranks(groups: list[Series]) -> Table:
                 )
             reduced = [
                 f"{found[name]['reduced_bytes'] / 1024:.1f}" if name in found else "-"
-                for name in (OURS, PEER)
+                for name in (OURS, peer)
             ]
             lines.append(
                 (
                     row["method"], f"{row['ranks']}", f"{ns / 1e6:.2f}", f"{cpu / 1e6:.2f}",
-                    efficiency, of_cores, ratio(OURS), ratio(ALONE), ratio(PEER), ratio(CONTROL),
+                    efficiency, of_cores, ratio(OURS), ratio(ALONE), ratio(peer), ratio(CONTROL),
                     "/".join(reduced),
                 )
             )  # fmt: skip
@@ -294,7 +297,7 @@ def picture(content: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     from decomp_kernels.bench.tables import headline
 
@@ -305,7 +308,7 @@ def picture(content: dict[str, Any], path: Path) -> None:
     palette = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
     colours = {name: palette[i % len(palette)] for i, name in enumerate(methods_there)}
     figure, panels = pyplot.subplots(
-        2, len(axes_there), figsize=(max(6.4, 3.3 * len(axes_there)), 6.6), squeeze=False,
+        2, len(axes_there), figsize=(max(6.4, 3.3 * len(axes_there)), 7.6), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     kinds: tuple[tuple[str, Callable[[str], Value], float], ...] = (
@@ -320,20 +323,28 @@ def picture(content: dict[str, Any], path: Path) -> None:
                 if number == 0:
                     _line(panel, group, value(FROZEN), FROZEN, unit, "#555555", "frozen", "s")
                 _line(panel, group, value(OURS), OURS, unit, colour, group[0]["method"], "o")
-                label = f"{group[0]['method']}, peer"
-                _line(panel, group, value(PEER), PEER, unit, colour, label, "x")
+                peer = peer_of(group[0])
+                label = f"{group[0]['method']}, {peer}"
+                _line(panel, group, value(peer), peer, unit, colour, label, "x")
             panel.set_xscale("log", base=2)
             panel.set_yscale("log")
             panel.set_xlabel(axis)
             panel.set_ylabel(title)
             ticks = sorted({row["size"] for group in here for row in group})
             panel.set_xticks(ticks, [f"{tick}" for tick in ticks], fontsize=8)
+            panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+            panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             panel.minorticks_off()
             panel.grid(alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
             if panel.get_legend_handles_labels()[0]:
-                panel.legend(fontsize=6, frameon=False)
-    figure.suptitle(f"{headline(content)}\ndashed: the fitted power laws", fontsize=9)
+                panel.legend(
+                    fontsize=7, frameon=False, ncols=2, loc="upper center",
+                    bbox_to_anchor=(0.5, -0.16),
+                )  # fmt: skip
+    figure.suptitle(
+        f"{headline(content)}\ndashed: the fitted power laws, with their exponents", fontsize=9
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -10,7 +10,7 @@ import torch
 
 from decomp_kernels.bench import growth, ranks, record, scale_tables
 from decomp_kernels.bench.engine import FROZEN
-from decomp_kernels.bench.growth import AXES, OURS, PEER, Point
+from decomp_kernels.bench.growth import AXES, OURS, Point
 from decomp_kernels.bench.shapes import positive, shape
 from decomp_kernels.bench.tables import headline
 from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
@@ -136,10 +136,9 @@ def _rows(todo: list[Point], protocol: dict[str, Any]) -> Iterator[dict[str, Any
             yield growth.run(point, **common | {"clock": clock_of(protocol)})
     for world in dict.fromkeys(point.ranks for point in parallel):
         some = [point for point in parallel if point.ranks == world]
+        threads = 1 if common["device"].type == "cpu" else protocol["threads"]
         try:
-            yield from ranks.run(
-                some, threads=protocol["threads"], timeout=protocol["timeout"], **common
-            )
+            yield from ranks.run(some, threads=threads, timeout=protocol["timeout"], **common)
         except ranks.RanksFailed as error:
             raise CheckFailed(str(error)) from None
 
@@ -148,7 +147,7 @@ def _progress(number: int, total: int, row: dict[str, Any], seconds: float) -> N
     found = row["contenders"]
     ratios = [
         f"{name} {found[name]['ratio']['both']['median']:.2f}"
-        for name in (OURS, PEER)
+        for name in (OURS, scale_tables.peer_of(row))
         if name in found
     ]
     ms = scale_tables.time_of(FROZEN)(row) or 0.0
