@@ -28,14 +28,18 @@ SPEED = r"\b(faster|slower|speeds?|speed-?ups?|overhead|cheaper|costs?|longer|fr
 CLAIMS = [
     (r"\d\s?(%|percent\b)", rf"{SPEED}|\b(peak|memory|of (the|its|PEFT's) (time|step))\b"),
     (r"\d\s?(×|x as\b|times\b|-fold\b)", rf"{SPEED}|\b(fast|slow|memory|peak|time|PEFT)\b"),
-    (r"\d\s?(ms|µs|us|microseconds|milliseconds)\b", r""),
+    (
+        r"\b(takes?|took|costs?|needs?|saves?|adds?|in|is)( about| some| only| just)? \d[\d.]*\s?"
+        r"(ms|µs|us|microseconds|milliseconds|seconds|minutes)\b",
+        r"",
+    ),
     (r"\d\s?([KMG]i?B)\b", r"\b(peak|PEFT'?s?|less|more)\b"),
     (r"(?<![\w.^-])\d\.\d\d?(?![\w.])", r"\b(faster|slower|PEFT'?s?|frozen|peak)\b"),
 ]
 NO_CLAIM = re.compile(  # versions, and the width of an interval
     r"\bPEFT( of| before)? 0\.[12]\d[\d.]*( (and|to|or) 0\.[12]\d[\d.]*)*"
     r"|\b(torch|PyTorch|Python|Triton|transformers|bitsandbytes|torchao|NumPy) v?\d[\d.]*"
-    r"|\d\d % (bootstrap )?interval"
+    r"|\d\d % (bootstrap )?interval|interval \(\d\d %\)"
 )
 SHARE = r"(half|thirds?|a quarter|a fifth|a tenth|an eighth|twice|double)"
 COMPARED = re.compile(

@@ -44,10 +44,11 @@ def row(method="lora", ours=(110, 111, 112), peer=(120, 121, 122), dtype="bfloat
         "ours": contender(list(ours), frozen, 5),
     }
     if peer is not None:
-        contenders["peer"] = contender(list(peer), frozen, 6, "peft.tuners.lora")
+        contenders["PEFT"] = contender(list(peer), frozen, 6, "peft.tuners.lora")
     return {
         "method": method, "label": method, "options": {"r": 4}, "shape": [8, 16, 32],
         "dtype": dtype, "adapter_dtype": dtype, "variant": "", "bias": False, "seconds": 0.1,
+        "left_out": {},
         "contenders": contenders,
     } | more  # fmt: skip
 
@@ -238,7 +239,7 @@ def test_the_picture_is_the_same_twice_and_shows_each_row():
     found = gains.shown(gains.gains([content(rows=[row("lora"), row("dora")])]))
     drawn = gains_picture.picture(found, "title & more", "machine")
     assert drawn == gains_picture.picture(found, "title & more", "machine")
-    assert drawn.count('<rect class="ours"') == drawn.count('<rect class="peer"') == 2 * 2 + 1
+    assert drawn.count('<rect class="c0"') == drawn.count('<rect class="c1"') == 2 * 2 + 1
     assert "title &amp; more" in drawn
     assert ">dora</text>" in drawn
 
@@ -300,7 +301,7 @@ def test_blocks_and_figures_are_filled_and_then_current(tree):
         generate_tables.main(["--check"], tree)
 
 
-@pytest.mark.parametrize("what", ["", "; misses", "; goals", "; Every method"])
+@pytest.mark.parametrize("what", ["", "; misses", "; goals", "; Layers: time, both"])
 def test_every_kind_of_block_can_be_made(tree, what):
     (tree / "README.md").write_text(block(f"cpu/layer.json{what}"))
     generate_tables.main([], tree)

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from decomp_kernels.bench import layer_tables
+from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT_COMPILED
 from decomp_kernels.bench.engine import FROZEN, Spread, spread
-from decomp_kernels.bench.layers import OURS, PEER
 from decomp_kernels.bench.tables import MIB, SHORT, Table
 
-COMPILED = "PEFT compiled"
 SHOWN = (  # the methods that most people train, and SSB, the paper's own
     ("lora", 0.0, False),
     ("lora", 0.05, False),
@@ -45,7 +44,7 @@ class Gain(NamedTuple):
     compiled: Spread | None  # PEFT's layer under torch.compile
     speed: Spread
     peaks: dict[str, float]
-    of_peft: bool  # else the peer is the authors' formula
+    peer_is: str  # PEFT, or FORMULA
     row: dict[str, Any]
 
 
@@ -53,7 +52,7 @@ def gains(contents: Iterable[dict[str, Any]]) -> list[Gain]:
     """Every row that has a peer, in the order of the files."""
     rows = [row for content in contents for row in content["rows"]]
     groups = layer_tables.grouped(rows).values()
-    return [_gain(group) for group in groups if PEER in group[0]["contenders"]]
+    return [_gain(group, name) for group in groups if (name := layer_tables.rival(group))]
 
 
 def alike(contents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,18 +88,18 @@ def shown(found: Sequence[Gain]) -> list[Gain]:
 def table(found: Sequence[Gain]) -> Table:
     """The headline: times over the frozen layer, the peer's time over ours, peak memory."""
     compiled = any(gain.compiled for gain in found)
-    header = ["method", "ours", "PEFT", *([COMPILED] if compiled else []), "PEFT / ours"]
+    header = ["method", "ours", "PEFT", *(["PEFT compiled"] if compiled else []), "PEFT / ours"]
     header += ["peak MiB: ours", "peak MiB: PEFT", "peak MiB: frozen"]
     lines = []
     for gain in found:
         cells = [gain.label, f"{gain.ours.median:.2f}"]
-        cells.append(f"{gain.peer.median:.2f}" + ("" if gain.of_peft else " (formula)"))
+        cells.append(f"{gain.peer.median:.2f}" + ("" if gain.peer_is != FORMULA else " (formula)"))
         if compiled:
             cells.append("" if gain.compiled is None else f"{gain.compiled.median:.2f}")
         quartiles = f"[{gain.speed.q1:.2f}, {gain.speed.q3:.2f}]"
         speed = f"{gain.speed.median:.2f}"
         cells.append(f"**{speed}** {quartiles}" if gain.speed.q1 > 1 else f"{speed} {quartiles}")
-        cells += [f"{gain.peaks[name]:.1f}" for name in (OURS, PEER, FROZEN)]
+        cells += [f"{gain.peaks[name]:.1f}" for name in (OURS, gain.peer_is, FROZEN)]
         lines.append(cells)
     words = ""
     if found:
@@ -128,8 +127,11 @@ def said(found: Sequence[Gain]) -> str:
     """Wins and misses in Markdown: how many rows there are of each, and every miss by name."""
     parts = []
     for whose, rows in (
-        ("PEFT's layer", [gain for gain in found if gain.of_peft]),
-        ("the authors' formula, for methods that PEFT lacks,", [g for g in found if not g.of_peft]),
+        ("PEFT's layer", [gain for gain in found if gain.peer_is != FORMULA]),
+        (
+            "the authors' formula, for methods that PEFT lacks,",
+            [g for g in found if g.peer_is == FORMULA],
+        ),
     ):
         faster, slower, even = sides(rows)
         if rows:
@@ -141,10 +143,12 @@ def said(found: Sequence[Gain]) -> str:
             slower.sort(key=lambda gain: gain.speed.median)
             listed = _listed(slower, lambda g: f"{g.ours.median:.2f} ({g.peer.median:.2f})")
             parts.append(f"**Slower**, over the frozen layer, theirs in brackets: {listed}.")
-        larger = [gain for gain in rows if gain.peaks[OURS] > MORE_MEMORY * gain.peaks[PEER]]
+        larger = [
+            gain for gain in rows if gain.peaks[OURS] > MORE_MEMORY * gain.peaks[gain.peer_is]
+        ]
         if larger:
-            larger.sort(key=lambda gain: gain.peaks[PEER] / gain.peaks[OURS])
-            listed = _listed(larger, lambda g: f"{g.peaks[OURS]:.1f} ({g.peaks[PEER]:.1f})")
+            larger.sort(key=lambda gain: gain.peaks[gain.peer_is] / gain.peaks[OURS])
+            listed = _listed(larger, lambda g: f"{g.peaks[OURS]:.1f} ({g.peaks[g.peer_is]:.1f})")
             parts.append(f"**More peak memory**, MiB: {listed}.")
     return "\n\n".join(parts)
 
@@ -160,7 +164,7 @@ def _listed(found: Sequence[Gain], text: Callable[[Gain], str]) -> str:
     return "; ".join(f"{label} {', '.join(places)}" for label, places in methods.items())
 
 
-def _gain(group: list[dict[str, Any]]) -> Gain:
+def _gain(group: list[dict[str, Any]], peer: str) -> Gain:
     row = group[0]
     contenders = row["contenders"]
     M, K, N = row["shape"]
@@ -168,7 +172,7 @@ def _gain(group: list[dict[str, Any]]) -> Gain:
         theirs / ours
         for one in group
         for theirs, ours in zip(
-            one["contenders"][PEER]["ns"]["both"],
+            one["contenders"][peer]["ns"]["both"],
             one["contenders"][OURS]["ns"]["both"],
             strict=True,
         )
@@ -178,11 +182,11 @@ def _gain(group: list[dict[str, Any]]) -> Gain:
         shape=(M, K, N),
         dtype=row["dtype"],
         ours=_over_frozen(group, OURS),
-        peer=_over_frozen(group, PEER),
-        compiled=_over_frozen(group, COMPILED) if COMPILED in contenders else None,
+        peer=_over_frozen(group, peer),
+        compiled=_over_frozen(group, PEFT_COMPILED) if PEFT_COMPILED in contenders else None,
         speed=spread(speeds),
         peaks={name: one["peak_bytes"] / MIB for name, one in contenders.items()},
-        of_peft="formula" not in contenders[PEER]["path"],
+        peer_is=peer,
         row=row,
     )
 

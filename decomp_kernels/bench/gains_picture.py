@@ -8,36 +8,36 @@ Colours are for light and dark backgrounds; numbers stand beside the bars, so no
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
+from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT, PEFT_COMPILED
 from decomp_kernels.bench.engine import FROZEN, Spread
-from decomp_kernels.bench.gains import COMPILED, Gain
-from decomp_kernels.bench.layers import OURS, PEER
+from decomp_kernels.bench.gains import Gain
 
 WIDTH, LABELS, GAP, VALUE, BAR, HEAD, FOOT = 860, 236, 14, 44, 12, 58, 26
-COLORS = {OURS: "#2f6fb7", PEER: "#d98026", COMPILED: "#8d8d8d"}
-NAMES = {OURS: "ours", PEER: "PEFT (SSB: the authors' formula)", COMPILED: "PEFT compiled"}
+COLORS = {OURS: "#2f6fb7", PEFT: "#d98026", FORMULA: "#a5734a", PEFT_COMPILED: "#8d8d8d"}
+KINDS = {name: f"c{number}" for number, name in enumerate(COLORS)}
+NAMES = {FORMULA: "the authors' formula, where PEFT lacks it"}
 
 
 def picture(found: Sequence[Gain], title: str, source: str) -> str:
     """The SVG of the rows in ``found``.  title: what is measured; source: machine and date."""
-    names = [OURS, PEER, *([COMPILED] if any(gain.compiled for gain in found) else [])]
-    row = BAR * len(names) + 10
+    names = [name for name in COLORS if any(name in _spreads(gain) for gain in found)]
+    slots = max(len(_spreads(gain)) for gain in found)
+    row = BAR * slots + 10
     height = HEAD + row * len(found) + FOOT
     panel = (WIDTH - LABELS - 2 * GAP) / 2 - VALUE
     lefts = (LABELS, LABELS + panel + VALUE + GAP)
     most_time = max(_percent(s.q3) for gain in found for s in _spreads(gain).values())
-    most_peak = max(gain.peaks[name] for gain in found for name in names if name in gain.peaks)
+    most_peak = max(gain.peaks[name] for gain in found for name in _spreads(gain))
     parts = [_text(GAP, 20, title, "start", "b"), *_legend(names)]
     for left, words in zip(lefts, ("time over the frozen layer, %", "peak, MiB"), strict=True):
         parts.append(_text(left, HEAD - 6, words, "start", "s"))
     for number, gain in enumerate(found):
         top = HEAD + number * row + 4
-        middle = top + BAR * len(names) / 2
+        middle = top + BAR * len(_spreads(gain)) / 2
         parts.append(_text(LABELS - 8, middle + 4, gain.label, "end"))
         frozen = lefts[1] + panel * gain.peaks[FROZEN] / most_peak
-        for slot, name in enumerate(names):
-            spread, at = _spreads(gain).get(name), top + slot * BAR
-            if spread is None:
-                continue
+        for slot, (name, spread) in enumerate(_spreads(gain).items()):
+            at = top + slot * BAR
             long = max(panel * _percent(spread.median) / most_time, 1.0)
             ends = [lefts[0] + panel * _percent(q) / most_time for q in (spread.q1, spread.q3)]
             parts.append(_bar(lefts[0], at, long, name))
@@ -46,16 +46,15 @@ def picture(found: Sequence[Gain], title: str, source: str) -> str:
             )
             after = max(ends[1], lefts[0] + long) + 5
             parts.append(_text(after, at + BAR - 3, f"{_percent(spread.median):.0f}", "start", "s"))
-            if name in gain.peaks:
-                long = panel * gain.peaks[name] / most_peak
-                parts.append(_bar(lefts[1], at, long, name))
-                value = f"{gain.peaks[name]:.1f}"
-                parts.append(_text(lefts[1] + long + 5, at + BAR - 3, value, "start", "s"))
-        bottom = top + BAR * len(names)
+            long = panel * gain.peaks[name] / most_peak
+            parts.append(_bar(lefts[1], at, long, name))
+            value = f"{gain.peaks[name]:.1f}"
+            parts.append(_text(lefts[1] + long + 5, at + BAR - 3, value, "start", "s"))
+        bottom = top + BAR * len(_spreads(gain))
         parts.append(f'<path class="f" d="M{frozen:.1f} {top - 2:.1f}V{bottom:.1f}"/>')
     parts.append(_text(GAP, height - 9, source, "start", "s"))
     body = "\n".join(parts)
-    colors = "".join(f".{name.split()[-1]}{{fill:{COLORS[name]}}}" for name in names)
+    colors = "".join(f".{KINDS[name]}{{fill:{COLORS[name]}}}" for name in names)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"
   width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="13" role="img">
 <title>{escape(title)}</title>
@@ -70,8 +69,8 @@ def picture(found: Sequence[Gain], title: str, source: str) -> str:
 
 
 def _spreads(gain: Gain) -> dict[str, Spread]:
-    found = {OURS: gain.ours, PEER: gain.peer}
-    return found if gain.compiled is None else found | {COMPILED: gain.compiled}
+    found = {OURS: gain.ours, gain.peer_is: gain.peer}
+    return found if gain.compiled is None else found | {PEFT_COMPILED: gain.compiled}
 
 
 def _percent(ratio: float) -> float:
@@ -83,17 +82,16 @@ def _legend(names: Sequence[str]) -> list[str]:
     parts, left = [], float(LABELS)
     for name in names:
         parts.append(_bar(left, 28, 10, name))
-        parts.append(_text(left + 14, 37, NAMES[name], "start", "s"))
-        left += 26 + 6.2 * len(NAMES[name])
+        parts.append(_text(left + 14, 37, NAMES.get(name, name), "start", "s"))
+        left += 26 + 6.2 * len(NAMES.get(name, name))
     parts.append(f'<path class="f" d="M{left + 4:.1f} 26V38"/>')
     parts.append(_text(left + 10, 37, "the frozen layer's peak", "start", "s"))
     return parts
 
 
 def _bar(left: float, top: float, long: float, name: str) -> str:
-    kind = name.split()[-1]
     size = f'width="{long:.1f}" height="{BAR - 2}"'
-    return f'<rect class="{kind}" x="{left:.1f}" y="{top:.1f}" {size}/>'
+    return f'<rect class="{KINDS[name]}" x="{left:.1f}" y="{top:.1f}" {size}/>'
 
 
 def _text(left: float, base: float, words: str, anchor: str, kind: str = "") -> str:

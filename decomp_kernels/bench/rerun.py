@@ -61,6 +61,7 @@ def _layer(rows: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> list[str
         words += ["--shape", shape]
     words += ["--dtype", *dict.fromkeys(row["dtype"] for row in rows)]
     words += ["--bias"] if all(row["bias"] for row in rows) else []
+    words += ["--compile"] if protocol.get("compile") else []
     return words + _options(protocol, ("rank", *ASKED, "processes"))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from decomp_kernels.bench.tables import Table, headline
+from decomp_kernels.bench.tables import Table
 
 FAMILY = "decomp_kernels."  # what the "format" of every results file begins with
 NEEDED = ("suite", "date", "machine", "versions")
@@ -76,9 +76,6 @@ def picture(content: dict[str, Any], path: Path) -> None:
     module = presentation(content["suite"])
     if module is None or not hasattr(module, "picture"):
         raise ValueError(f"the suite {content['suite']!r} has no picture")
-    if content["suite"] == "layer":  # until layer_tables.picture takes the content
-        module.picture(content["rows"], path, headline(content))
-        return
     module.picture(content, path)
 
 
