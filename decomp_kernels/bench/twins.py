@@ -24,15 +24,15 @@ def twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
+def sibling(model: nn.Module) -> nn.Module:
+    """A copy that shares the frozen parameters alone; what is trained has the same values."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+
 def method_of(model: nn.Module) -> Method:
     """The method that an adapted model was adapted with."""
     layer: Any = next(m for m in model.modules() if isinstance(m, Decomposed))
     return layer.adapters[layer.active_adapter].method
-
-
-def adapted_names(model: nn.Module) -> list[str]:
-    """The paths of the layers that have an adapter of ours."""
-    return [name for name, module in model.named_modules() if isinstance(module, Decomposed)]
 
 
 def peer_of(

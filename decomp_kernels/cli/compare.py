@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from decomp_kernels.bench import engine, memory
-from decomp_kernels.bench.twins import PEFT, adapted_names, method_of, peer_of, twin
+from decomp_kernels.bench.twins import PEFT, method_of, peer_of, twin
 from decomp_kernels.cli.errors import need, one_line
 from decomp_kernels.cli.models import training_mode
 from decomp_kernels.cli.tasks import Task
 from decomp_kernels.interop.peft.accelerate import accelerate, fused_calls
+from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods.base import Method
 
 ACCELERATED = "PEFT, accelerate()"
@@ -68,7 +69,7 @@ def compare(
     }
     for label, model in adapted.items():
         models[label] = (label, "ours", model)
-        names = adapted_names(model)
+        names = list(adapted_layers(model))
         found = peer(base, method_of(model), names)
         if found is not None:
             models[f"{label}, {found[1]}"] = (label, found[1], found[0])
