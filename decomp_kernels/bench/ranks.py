@@ -230,7 +230,9 @@ def _together_at(contender: Contender, spent: list[int]) -> Contender:
 
 
 def _parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
-    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+    """Gradients are reduced; buffers, which never change here, are not sent before each step."""
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
 
 def _reduced(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, int]:
