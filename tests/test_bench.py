@@ -1,25 +1,30 @@
-"""The measuring engine: what it says of cases whose answer is known by hand."""
+"""The layer suite: its rows, its contenders and what they took, its file and its tables."""
 
 import json
-import subprocess
 import sys
-from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from decomp_kernels.bench import engine, layer_tables, layers, memory, peers, record
-from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
+from decomp_kernels import dispatch
+from decomp_kernels.bench import (
+    contenders,
+    engine,
+    layer_tables,
+    layers,
+    observed,
+    peers,
+    record,
+)
+from decomp_kernels.bench.engine import CONTROL, FROZEN
 from decomp_kernels.cli.bench import layer as layer_suite
 from decomp_kernels.cli.main import main
+from decomp_kernels.explanation import explain
 from decomp_kernels.methods import methods
-from decomp_kernels.ops.decomposed_linear import decomposed_linear
 
 CPU = torch.device("cpu")
-M, K, N, R = 32, 48, 64, 4
 
 
 @pytest.fixture(autouse=True)
@@ -28,199 +33,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-class Watch:
-    """A clock that moves when a contender says so."""
-
-    def __init__(self):
-        self.now = 0
-
-    def __call__(self):
-        return self.now
-
-    def contender(self, name, forward, backward, log=None):
-        def step(ns):
-            self.now += ns
-            if log is not None:
-                log.append(name)
-
-        return Contender(name, lambda: step(forward), lambda _: step(backward), lambda: None)
-
-
-def test_a_planted_ten_percent_shows_exactly():
-    watch = Watch()
-    contenders = [
-        watch.contender(FROZEN, 300, 700),
-        watch.contender(CONTROL, 300, 700),
-        watch.contender("slow", 300, 800),
-    ]
-    samples = engine.measure(contenders, 7, clock=watch)
-    assert samples.ratio("slow") == (1.1, 1.1, 1.1)
-    assert samples.ratio("slow", "forward") == (1.0, 1.0, 1.0)
-    assert samples.ratio("slow", "backward") == (800 / 700,) * 3
-    assert samples.ratio(CONTROL) == (1.0, 1.0, 1.0)
-    assert samples.time("slow") == (1100, 1100, 1100)
-
-
-def test_a_machine_that_slows_down_does_not_move_a_ratio():
-    watch = Watch()
-    steps = count()
-
-    def drifting(name, ns):
-        def step():
-            watch.now += ns * (1 + next(steps) // 2)  # one pace for the two steps of a round
-
-        return Contender(name, step, lambda _: None, lambda: None)
-
-    contenders = [drifting(FROZEN, 1000), drifting("slow", 1100)]
-    samples = engine.measure(contenders, 9, warmup=0, clock=watch)
-    assert samples.ns[FROZEN]["both"] == [1000 * pace for pace in range(1, 10)]
-    assert samples.ratio("slow") == (1.1, 1.1, 1.1)
-
-
-def test_every_contender_runs_once_a_round_in_changing_order():
-    watch, log = Watch(), []
-    contenders = [watch.contender(name, 1, 0, log) for name in (FROZEN, CONTROL, "a", "b")]
-    engine.measure(contenders, 12, warmup=0, clock=watch)
-    steps = log[::2]  # forward and backward each write one line
-    orders = [tuple(steps[i : i + 4]) for i in range(0, len(steps), 4)]
-    assert len(orders) == 12
-    assert all(len(set(order)) == 4 for order in orders)
-    assert len(set(orders)) > 4
-
-
-def test_without_split_the_clock_is_not_read_in_the_middle():
-    watch = Watch()
-    samples = engine.measure([watch.contender(FROZEN, 2, 3)], 2, clock=watch, split=False)
-    assert samples.ns == {FROZEN: {"both": [5, 5]}}
-
-
-def test_quartiles():
-    assert engine.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 2.0, 4.0)
-    assert engine.spread([2.0]) == (2.0, 2.0, 2.0)
-
-
-def test_says_what_is_wrong():
-    contender = Watch().contender("a", 1, 1)
-    with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
-        engine.measure([contender], 0)
-    with pytest.raises(ValueError, match=r"different names, got \['a', 'a'\]"):
-        engine.measure([contender, contender], 1)
-    with pytest.raises(ValueError, match="method must be one of .*lora.*, got 'lorra'"):
-        list(layers.rows(["lorra"], [(1, 2, 3)], ["float32"], 4))
-
-
-def test_gradients_are_dropped_between_steps():
-    module = nn.Linear(3, 5)
-    contender = engine.layer("a", module, torch.ones(2, 3), torch.ones(2, 5))
-    engine.measure([contender], 3, warmup=1)
-    assert torch.equal(module.bias.grad, torch.full((5,), 2.0))  # of one step, not of four
-
-
-# --- memory -----------------------------------------------------------------------------------
-
-
-def of(function, *, saved_beside=(), x=None):
-    """(peak, saved) bytes of forward + backward of a function of x."""
-    x = torch.randn(M, K) if x is None else x
-
-    class Layer(nn.Module):
-        def forward(self, x):
-            return function(x)
-
-    with torch.no_grad():
-        dy = torch.randn_like(function(x))
-    contender = engine.layer("layer", Layer(), x, dy)
-    return memory.peak_bytes(contender, CPU), memory.saved_bytes(contender, saved_beside)
-
-
-def test_a_frozen_linear_saves_nothing_and_allocates_y_and_dx():
-    weight = torch.randn(N, K)
-    peak, saved = of(lambda x: F.linear(x, weight), saved_beside=[weight])
-    assert saved == 0
-    assert peak == 4 * (M * N + M * K)
-
-
-def test_a_trained_linear_saves_x_and_allocates_dw_too():
-    linear = nn.Linear(K, N, bias=False)
-    contender = engine.layer("linear", linear, torch.randn(M, K), torch.randn(M, N))
-    assert memory.saved_bytes(contender, linear.parameters()) == 4 * M * K
-    assert memory.peak_bytes(contender, CPU) == 4 * (M * N + M * K + N * K)
-
-
-def test_a_weight_that_is_not_excluded_counts_once():
-    weight = torch.randn(N, K)
-    _, saved = of(lambda x: F.linear(F.linear(x, weight), weight.T))
-    assert saved == 4 * N * K
-
-
-def test_relu_saves_its_output():
-    assert of(torch.relu) == (4 * 2 * M * K, 4 * M * K)
-
-
-def test_dropout_saves_its_mask():
-    peak, saved = of(lambda x: F.dropout(x, 0.5))
-    assert saved >= M * K  # a byte an element, or the scaled mask in x's dtype
-    assert peak >= saved + 4 * M * K
-
-
-def test_a_temporary_is_in_the_peak_and_not_in_what_is_saved():
-    def wasteful(x):
-        torch.empty(10 * M * K)
-        return torch.relu(x)
-
-    assert of(wasteful) == (4 * 10 * M * K, 4 * M * K)
-
-
-def test_a_sparse_tensor_counts_with_its_indices():
-    indices, values = torch.tensor([[0, 2, 5], [1, 0, 7]]), torch.randn(3)
-    weight = torch.sparse_coo_tensor(
-        indices, values, (N, K), is_coalesced=True, check_invariants=True
-    )
-    _, saved = of(lambda x: torch.sparse.mm(weight, x.T).T)
-    assert saved == 8 * 6 + 4 * 3
-
-
-def lowrank(dtype=torch.float32):
-    down, up = torch.randn(R, K), torch.randn(N, R)
-    return {name: t.to(dtype).requires_grad_() for name, t in (("down", down), ("up", up))}
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5], ids=["p=0", "p=0.5"])
-def test_lora_saves_x_and_t_and_nothing_else(dropout):
-    weight, terms = torch.randn(N, K), lowrank()
-    kept = [weight, *terms.values()]
-    _, saved = of(
-        lambda x: decomposed_linear(x, weight, **terms, dropout=dropout, seed=torch.tensor(3)),
-        saved_beside=kept,
-    )
-    assert saved == 4 * (M * K + M * R) + (8 if dropout else 0)  # the seed, an int64
-
-
-def test_float32_adapters_keep_a_float32_t():
-    weight, terms = torch.randn(N, K).bfloat16(), lowrank()
-    x = torch.randn(M, K).bfloat16()
-    _, saved = of(
-        lambda x: decomposed_linear(x, weight, **terms), saved_beside=[weight, *terms.values()], x=x
-    )
-    assert saved == 2 * M * K + 4 * M * R
-
-
-def test_ia3_saves_z():
-    weight, scale = torch.randn(N, K), torch.rand(N).requires_grad_()
-    _, saved = of(
-        lambda x: decomposed_linear(x, weight, out_scale=scale), saved_beside=[weight, scale]
-    )
-    assert saved == 4 * M * N
-
-
-def test_ssl_saves_x():
-    weight, scale = torch.randn(N, K), torch.rand(K).requires_grad_()
-    _, saved = of(
-        lambda x: decomposed_linear(x, weight, in_scale=scale), saved_beside=[weight, scale]
-    )
-    assert saved == 4 * M * K
 
 
 # --- the suite --------------------------------------------------------------------------------
@@ -238,16 +50,45 @@ def test_rows_cover_the_registry_and_the_variants():
     assert ("lora, fp32 adapters", "bfloat16") in labels
     assert ("lora, fp32 adapters", "float32") not in labels
     assert ("dora, cached norm", "float32") in labels
+    for name in ("lora", "dora"):  # dropout and adapters, each with each
+        assert (f"{name}, fp32 adapters, dropout 0.05", "bfloat16") in labels
     for row in made:
         method = row.make()
         assert getattr(method, "r", 4) in (4, layers.OWN_SIZE.get(row.method, {}).get("r"))
 
 
+def test_a_grid_of_dropout_adapters_and_bias():
+    """Of methods that have no dropout one row stands for all; float32 is wide on bf16 alone."""
+    made = list(
+        layers.rows(
+            ["lora", "ssb", "dora"], [(8, 16, 24)], ["float32", "bfloat16"], 4, [False, True],
+            [0.0, 0.1], ["base", "float32"],
+        )
+    )  # fmt: skip
+    labels = [(row.label, row.dtype) for row in made if not row.bias]
+    assert labels == [
+        *((name, "float32") for name in ("lora", "lora, dropout 0.1", "ssb", "dora",
+                                         "dora, dropout 0.1")),
+        *((name, "bfloat16") for name in ("lora", "lora, fp32 adapters", "lora, dropout 0.1",
+                                          "lora, fp32 adapters, dropout 0.1", "ssb",
+                                          "ssb, fp32 adapters", "dora", "dora, fp32 adapters",
+                                          "dora, dropout 0.1", "dora, fp32 adapters, dropout 0.1")),
+    ]  # fmt: skip
+    biased = [row.label for row in made if row.bias]
+    assert len(biased) == len(labels) and all(label.endswith(", bias") for label in biased)
+    wide = {row.label: row for row in made}["dora, fp32 adapters, dropout 0.1, bias"]
+    assert (wide.adapter_dtype, wide.make().dropout_mode) == ("float32", "peft")
+    with pytest.raises(ValueError, match="dropout must be at least 0 and below 1, got 1.5"):
+        list(layers.rows(["ssb"], [(8, 16, 24)], ["float32"], 4, dropouts=[1.5]))
+
+
 def test_layer_suite_writes_what_the_schema_says(tmp_path, capsys):
+    pytest.importorskip("peft")
     output, image = tmp_path / "out" / "layer.json", tmp_path / "layer.png"
     shape = ("--shape", "8,16,24", "--rank", 4, "--rounds", 2, "--threads", 1)
     assert bench("layer", "--methods", "lora", "ssb", "ia3", *shape, "--dtype", "bfloat16",
-                 "--output", output, "--picture", image) == 0  # fmt: skip
+                 "--impls", "aten", "reference", "--output", output,
+                 "--picture", image) == 0  # fmt: skip
     content = json.loads(output.read_text())
     assert set(content) == {
         "format", "suite", "date", "commit", "machine", "versions", "protocol", "rows",
@@ -259,18 +100,24 @@ def test_layer_suite_writes_what_the_schema_says(tmp_path, capsys):
     assert content["protocol"]["rounds"] == 2
     for row in content["rows"]:
         assert row["shape"] == [8, 16, 24]
-        for name in (FROZEN, CONTROL, layers.OURS):
+        for name in (FROZEN, CONTROL, contenders.OURS):
             got = row["contenders"][name]
             assert set(got) == {
-                "path", "ratio", "ns", "peak_bytes", "saved_bytes", "trainable",
+                "path", "calls", "ratio", "ns", "peak_bytes", "saved_bytes", "trainable",
             }  # fmt: skip
             assert set(got["ratio"]) == set(got["ns"]) == set(engine.PHASES)
             assert all(len(samples) == 2 and min(samples) > 0 for samples in got["ns"].values())
         assert row["contenders"][FROZEN]["saved_bytes"] == 0
+        assert row["contenders"]["reference"]["path"] == "reference"
     by_label = {row["label"]: row["contenders"] for row in content["rows"]}
     assert by_label["lora"]["ours"]["trainable"] == 4 * (16 + 24)
-    assert by_label["ssb"]["peer"]["path"] == "authors' formula"
+    assert by_label["ssb"]["formula"]["path"] == "written out"
     assert by_label["lora"]["ours"]["saved_bytes"] == 2 * 8 * (16 + 4)
+    assert by_label["lora"]["PEFT"]["path"] == "peft.tuners.lora, bfloat16 adapters"
+    wide = by_label["lora"]["PEFT, float32 adapters"]
+    assert wide["path"] == "peft.tuners.lora, float32 adapters"
+    assert "PEFT, float32 adapters" not in by_label["lora, fp32 adapters"]  # PEFT itself there
+    assert "2 of 2 calls fused" in by_label["lora"]["PEFT, accelerate()"]["path"]
     printed = capsys.readouterr().out
     assert "lora, fp32 adapters, dropout 0.05" in printed
     assert image.read_bytes().startswith(b"\x89PNG")
@@ -288,6 +135,27 @@ def test_layer_suite_writes_what_the_schema_says(tmp_path, capsys):
         assert f"| {verdict} " in line
 
 
+def test_resume_keeps_what_is_there_and_measures_the_rest(tmp_path, capsys):
+    output = tmp_path / "layer.json"
+    words = ("layer", "--shape", "8,16,24", "--rounds", 1, "--threads", 1, "--dtype", "float32",
+             "--impls", "auto", "--no-peer", "--resume", "--output", output)  # fmt: skip
+    assert bench(*words, "--methods", "ia3") == 0
+    (first,) = json.loads(output.read_text())["rows"]
+    assert bench(*words, "--methods", "ssl", "ia3") == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert rows[0] == first  # with its samples: it was not measured again
+    assert [row["label"] for row in rows] == ["ia3", "ssl"]
+    assert "1/1  ssl" in capsys.readouterr().err.splitlines()[-1]
+    assert bench(*words, "--methods", "ssb", "--rank", 8) == 2
+    message = capsys.readouterr().err
+    assert "same protocol" in message and "has rank 16, asked for is rank 8" in message
+    output.write_text(output.read_text().replace(record.machine()["cpu"], "another chip"))
+    assert bench(*words, "--methods", "ssb") == 2
+    assert "is of another chip, this one is" in capsys.readouterr().err
+    assert bench(*words[:-2], "--methods", "ssb") == 2
+    assert "--resume needs --output FILE.json" in capsys.readouterr().err
+
+
 def test_a_table_goes_between_its_two_lines_of_a_document(tmp_path, capsys):
     output, document = tmp_path / "layer.json", tmp_path / "page.md"
     assert bench("layer", "--methods", "ia3", "--shape", "8,16,24", "--rounds", 1, "--threads", 1,
@@ -298,7 +166,7 @@ def test_a_table_goes_between_its_two_lines_of_a_document(tmp_path, capsys):
         text = document.read_text()
         assert text.startswith("before\n<!-- layers -->\n\n")
         assert text.endswith("\n\n<!-- end of layers -->\nafter\n")
-        assert text.count("| ia3 ") == 1
+        assert text.count("| ia3 ") == 2  # its time, and its memory
         assert "old" not in text
     document.write_text("nothing marked")
     assert bench("table", output, "--into", document) == 2
@@ -309,20 +177,125 @@ def test_a_table_goes_between_its_two_lines_of_a_document(tmp_path, capsys):
 def test_peers_compute_something_with_the_same_parameters():
     pytest.importorskip("peft")
     for row in layers.rows([*peers.CONFIGS], [(8, 16, 24)], ["float32"], 4):
-        contenders, modules = layers.build(row, seed=0, device=CPU)
+        made = layers.build(row, seed=0, device=CPU)
         counts = {
-            contender.name: sum(p.numel() for p in module.parameters() if p.requires_grad)
-            for contender, module in zip(contenders, modules, strict=True)
+            entry.contender.name: sum(
+                p.numel() for p in entry.module.parameters() if p.requires_grad
+            )
+            for entry in made.entries
         }
-        assert counts["ours"] == counts["peer"] > 0, row.label
+        assert counts["ours"] == counts["PEFT"] == counts["PEFT, accelerate()"] > 0, row.label
+        assert made.left_out == {"formula": f"no formula is written out for {row.method}"}
 
 
 def test_no_trained_tensor_is_at_its_start():
     (row,) = list(layers.rows(["lora"], [(8, 16, 24)], ["float32"], 4))[:1]
-    _, modules = layers.build(row, seed=0, device=CPU)
+    made = layers.build(row, seed=0, device=CPU)
+    modules = [entry.module for entry in made.entries]
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    assert len(trained) == 4  # ours and PEFT's A and B
+    assert len(trained) == 6  # A and B of ours, of PEFT's and of PEFT's after accelerate
     assert all((p != 0).all() for p in trained)
+
+
+@pytest.mark.parametrize("dtype, names", [("float32", None), ("bfloat16", ["lora", "dora"])])
+def test_what_ran_is_what_explain_says(dtype, names):
+    """Of every method, and the named implementation where one is named."""
+    for row in layers.rows(names, [(8, 32, 24)], [dtype], 4):
+        made = layers.build(row, seed=0, device=CPU, impls=dispatch.CANDIDATES, others=False)
+        paths = {entry.contender.name: entry.path for entry in made.entries}
+        assert paths.pop(FROZEN) == paths.pop(CONTROL) == "nn.Linear"
+        explained = layers.expected_path(explain(made.ours, 8))
+        if getattr(row.make(), "dropout_mode", "") == "peft" and row.make().dropout:
+            # Two calls of the operator, with dropout and without; explain decides by the first.
+            assert explained in (paths["ours"], *paths["ours"].split(" and ")), row.label
+            paths.pop("ours")
+        else:
+            assert paths.pop("ours") == explained, row.label
+        assert all(path == name for name, path in paths.items()), row.label
+        lacking = set(dispatch.CANDIDATES) - set(row.make().impls)
+        assert all(made.left_out[impl].endswith("has no such form") for impl in lacking)
+
+
+def test_an_observed_step_says_what_it_called(monkeypatch):
+    """The variable that names an implementation changes what ours takes, and it shows."""
+    (row,) = list(layers.rows(["dora"], [(8, 32, 24)], ["float32"], 4))[:1]
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    made = layers.build(row, seed=0, device=CPU, impls=["aten"])
+    entries = {entry.contender.name: entry for entry in made.entries}
+    assert entries["ours"].path == "reference"
+    assert entries["PEFT, accelerate()"].path == "2 of 2 calls fused, reference"
+    assert list(entries["aten"].calls) == [
+        "decomposed_linear backward: aten, 1", "decomposed_linear forward: aten, 1",
+        "row_norm forward: aten, 1",
+    ]  # fmt: skip
+    assert entries["PEFT"].path == "peft.tuners.lora, float32 adapters"
+    before = vars(sys.modules["decomp_kernels.kernels.aten.decomposed_linear"])["forward"]
+    with observed.Observed():
+        assert vars(sys.modules[before.__module__])["forward"] is not before
+    assert vars(sys.modules[before.__module__])["forward"] is before
+
+
+def test_what_peft_refuses_is_left_out_with_its_reason():
+    pytest.importorskip("peft")
+    row = layers.Row("sparse", (), (8, 16, 24), "float32", "float32")  # by density: not PEFT's
+    made = layers.build(row, seed=0, device=CPU)
+    assert made.left_out["PEFT"].startswith("PEFT refuses it: ")
+    assert {entry.contender.name for entry in made.entries} == {FROZEN, CONTROL, "ours"}
+
+
+def test_work_and_share_of_the_roof_by_hand():
+    """LoRA: 2 M N K a product, and 2 M r (N + K) for each of the branch's passes."""
+    (row,) = list(layers.rows(["lora"], [(8, 32, 24)], ["float32"], 4))[:1]
+    found = layers.run(row, rounds=3, warmup=0, seed=0, device=CPU, others=False)
+    M, K, N, r = 8, 32, 24, 4
+    gemm, branch = 2 * M * N * K, 2 * M * r * (N + K)
+    work = found["work"]
+    assert work["frozen"]["flops"] == {"forward": gemm, "backward": gemm, "both": 2 * gemm}
+    assert work["ours"]["flops"] == {
+        "forward": gemm + branch, "backward": gemm + 2 * branch, "both": 2 * gemm + 3 * branch,
+    }  # fmt: skip
+    assert work["frozen"]["bytes"]["forward"] == 4 * (M * K + N * K + M * N)
+    ratio = found["contenders"]["ours"]["ratio"]["forward"]["median"]
+    share = found["roof"]["share"]["forward"]["median"]
+    assert share == pytest.approx((gemm + branch) / gemm / ratio)
+    assert found["expected_path"] == found["contenders"]["ours"]["path"]
+
+
+class Broken(nn.Module):
+    """A layer that a compiler has to break in two."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.linear(x)
+        torch._dynamo.graph_break()
+        return y * y.detach().mean()
+
+
+class Uncompiled(Broken):
+    """One that a compiler may not look into: it runs as it is."""
+
+    @torch.compiler.disable
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("module, path", [
+    (nn.Sequential(nn.Linear(6, 6)), "compiled: 1 graph, 0 breaks"),
+    (Broken(), "compiled: 2 graphs, 1 breaks"),
+    (Uncompiled(), "eager: torch.compile made no graph"),
+])  # fmt: skip
+def test_what_the_compiler_made_is_counted(module, path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
+    compiled = observed.Compiled(module)
+    contender = engine.layer("a", compiled, torch.ones(4, 6), torch.ones(4, 6))
+    compiled.prepare(contender)
+    assert compiled.path() == path
+    if compiled.graphs:
+        compiled(torch.ones(5, 6, requires_grad=True))  # another shape
+        assert "compiled again" in compiled.path()
 
 
 def test_the_repository_s_goals_name_rows_that_exist():
@@ -363,9 +336,16 @@ def test_a_file_of_another_kind_is_refused(text, tmp_path, capsys):
     assert "must be a results file of format" in message or text is None
 
 
-def test_an_unknown_method_is_refused(capsys):
-    assert bench("layer", "--methods", "lorra") == 2
-    assert "method must be one of" in capsys.readouterr().err
+@pytest.mark.parametrize("words, message", [
+    (("--methods", "lorra"), "method must be one of"),
+    (("--dropout", "1.5"), "dropout must be at least 0 and below 1, got 1.5"),
+    (("--impls", "atten"), "--impls must be all, auto or names of reference, aten"),
+    (("--impls", "auto", "aten"), "got auto aten"),
+    (("--impls", "native:fused"), "--impls native:fused cannot run here: "),
+])  # fmt: skip
+def test_bad_options_are_refused_before_any_work(words, message, capsys):
+    assert bench("layer", *words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_several_processes_show_a_range():
@@ -379,10 +359,3 @@ def test_several_processes_show_a_range():
     (group,) = groups.values()
     assert layer_tables.ratio_text(group, "ours") == "1.10-1.30"
     assert layer_tables.quartiles(group, "ours") == pytest.approx((1.0, 1.4))
-
-
-def test_the_operators_benchmarks_run():
-    root = Path(__file__).parents[1]
-    words = ["-m", "pytest", "benchmarks", "-q", "--benchmark-disable", "--threads=1"]
-    done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import decomp_kernels as dk
-from decomp_kernels.bench import peers
+from decomp_kernels.bench import formulas, peers, twins
 from decomp_kernels.cli import checkpoint, checks, compare, folder, loop
 from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.main import main
@@ -566,8 +566,8 @@ def test_the_base_has_dropout_only_where_asked(models, base_dropout):
     ids = torch.arange(4, 20)[None]
     method = dk.LoRA(dropout=0.5)
     names = ["encoder.layer.1.output.dense"]
-    ours = dk.adapt(compare.twin(base), method, names)
-    peer, _ = compare.peer_of(base, method, names)
+    ours = dk.adapt(twins.twin(base), method, names)
+    peer, _ = twins.peer_of(base, method, names)
     for model in (base, ours, peer):
         training_mode(model, base_dropout)
         one, other = (model(input_ids=ids).last_hidden_state for _ in range(2))
@@ -587,7 +587,7 @@ def test_the_base_has_dropout_only_where_asked(models, base_dropout):
 
 def test_twins_share_weights_and_nothing_else():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    twin = compare.twin(model)
+    twin = twins.twin(model)
     assert all(a is b for a, b in zip(model.parameters(), twin.parameters(), strict=True))
     dk.adapt(twin, dk.SSB())
     assert type(model[0]) is torch.nn.Linear
@@ -610,8 +610,8 @@ def test_a_peer_computes_what_ours_does_at_the_start(models, name):
     task = Retrieval(rows, rows, tokenizer, 32, "mean")
     names = ["encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense"]
     method = dk.methods()[name]()
-    ours = dk.adapt(compare.twin(base), method, names)
-    peer, kind = compare.peer_of(base, method, names)
+    ours = dk.adapt(twins.twin(base), method, names)
+    peer, kind = twins.peer_of(base, method, names)
     assert kind == ("authors' formula" if name == "ssb" else "PEFT")
     trained = [p for p in peer.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == sum(
@@ -622,7 +622,7 @@ def test_a_peer_computes_what_ours_does_at_the_start(models, name):
     assert all(p.grad is not None for p in trained)
 
 
-@pytest.mark.parametrize("name", sorted({*peers.CONFIGS, *peers.FORMULAS}))
+@pytest.mark.parametrize("name", sorted({*peers.CONFIGS, *formulas.FORMULAS}))
 def test_a_peer_leaves_the_shared_weights_alone(models, name):
     """PiSSA's initialisation writes to its base; nothing may write to that of the others."""
     from transformers import AutoModel, AutoTokenizer
@@ -634,7 +634,7 @@ def test_a_peer_leaves_the_shared_weights_alone(models, name):
     task = Retrieval(rows, rows, tokenizer, 32, "mean")
     names = ["encoder.layer.0.attention.self.query", "encoder.layer.1.output.dense"]
     options = {"oft": {"block_size": 8}, "sparse": {"r": 2}}.get(name, {})
-    found = compare.peer_of(base, dk.methods()[name](**options), names)
+    found = twins.peer_of(base, dk.methods()[name](**options), names)
     assert found is not None
     task.loss(found[0], [0, 1]).backward()
     for name, tensor in base.state_dict().items():
@@ -645,7 +645,7 @@ def test_a_peer_that_peft_refuses_is_said(models, capsys):
     from transformers import AutoModel
 
     base = AutoModel.from_pretrained(models["encoder"])
-    assert compare.peer_of(base, dk.Sparse(), ["encoder.layer.0.attention.self.query"]) is None
+    assert compare.peer(base, dk.Sparse(), ["encoder.layer.0.attention.self.query"]) is None
     assert "note: PEFT has no sparse with these options here" in capsys.readouterr().out
 
 
@@ -657,8 +657,8 @@ def test_peers_of_a_model_with_conv1d():
     base.eval().requires_grad_(False)
     ids = torch.arange(16)[None]
     for method in (dk.SSB(), dk.LoRA()):
-        peer, _ = compare.peer_of(base, method, ["h.0.attn.c_attn", "h.0.mlp.c_proj"])
-        ours = dk.adapt(compare.twin(base), method, ["h.0.attn.c_attn", "h.0.mlp.c_proj"])
+        peer, _ = twins.peer_of(base, method, ["h.0.attn.c_attn", "h.0.mlp.c_proj"])
+        ours = dk.adapt(twins.twin(base), method, ["h.0.attn.c_attn", "h.0.mlp.c_proj"])
         one, other = (model.eval()(input_ids=ids).last_hidden_state for model in (peer, ours))
         torch.testing.assert_close(one, other)
 

@@ -47,6 +47,12 @@ class Samples:
 
     ns: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
+    def add(self, other: "Samples", prefix: str) -> None:
+        """The other's samples of the same contenders, as phases "<prefix> forward" and so on."""
+        for name, phases in other.ns.items():
+            for phase, ns in phases.items():
+                self.ns[name][f"{prefix} {phase}"] = ns
+
     def ratios(self, name: str, phase: str = "both", against: str = FROZEN) -> list[float]:
         """The contender's time over that of ``against``, each pair from one round."""
         pairs = zip(self.ns[name][phase], self.ns[against][phase], strict=True)
@@ -75,10 +81,13 @@ def measure(
     seed: int = 0,
     clock: Clock = time.perf_counter_ns,
     split: bool = True,
+    before: Callable[[Contender], None] | None = None,
 ) -> Samples:
     """Time forward + backward of each contender once a round.
 
-    ``split`` reads the clock between the two as well.
+    ``split`` reads the clock between the two as well.  ``before`` is called with the contender
+    before each of its timed steps, untimed (bench/conditions.py: what is in the caches then).
+    Raises ValueError where there are no rounds or two contenders of one name.
     """
     if rounds < 1:
         raise ValueError(f"rounds must be at least 1, got {rounds}")
@@ -91,16 +100,21 @@ def measure(
     shuffle = random.Random(seed).shuffle
     for _ in range(warmup):
         for contender in order:
-            _step(contender, clock, split)
+            _readings(contender, clock, split, before)
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection would fall on whichever contender runs then
     try:
         for _ in range(rounds):
             shuffle(order)
-            for contender in order:
-                for phase, ns in _step(contender, clock, split).items():
-                    samples.ns[contender.name][phase].append(ns)
+            read = [_readings(contender, clock, split, before) for contender in order]
+            # Subtracted after the round: a device's difference waits until its queue is empty.
+            for contender, (start, middle, end) in zip(order, read, strict=True):
+                ns = samples.ns[contender.name]
+                ns["both"].append(end - start)
+                if split:
+                    ns["forward"].append(middle - start)
+                    ns["backward"].append(end - middle)
     finally:
         if collecting:
             gc.enable()
@@ -154,13 +168,21 @@ def device_clock(device: torch.device) -> Clock:
     return lambda: _Mark(event(enable_timing=True))
 
 
-def _step(contender: Contender, clock: Clock, split: bool) -> dict[str, int]:
+def step(contender: Contender) -> None:
+    """One step, untimed."""
+    contender.reset()
+    contender.backward(contender.forward())
+
+
+def _readings(
+    contender: Contender, clock: Clock, split: bool, before: Callable[[Contender], None] | None
+) -> tuple[Any, Any, Any]:
+    """The clock before the step, between forward and backward, and after it."""
+    if before is not None:
+        before(contender)
     contender.reset()
     start = clock()
     out = contender.forward()
     middle = clock() if split else start
     contender.backward(out)
-    end = clock()
-    if not split:
-        return {"both": end - start}
-    return {"forward": middle - start, "backward": end - middle, "both": end - start}
+    return start, middle, clock()

@@ -9,17 +9,126 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from decomp_kernels.bench.contenders import (
+    ACCELERATED,
+    FORMULA,
+    OURS,
+    OURS_COMPILED,
+    PEFT,
+    PEFT_COMPILED,
+    PEFT_WIDE,
+)
 from decomp_kernels.bench.engine import CONTROL, FROZEN
-from decomp_kernels.bench.layers import OURS, PEER
-from decomp_kernels.bench.tables import MIB, SHORT, markdown
+from decomp_kernels.bench.tables import MIB, SHORT, Table, headline, markdown
+from decomp_kernels.dispatch import IMPLS
 
 Key = tuple[str, tuple[int, int, int], str, str, bool]
 Group = list[dict[str, Any]]
 
-HEADER = (
-    "method", "M x K x N", "dtype", "ours", "[q1, q3]", "peer", "[q1, q3]", "control",
-    "peak MiB ours/peer/frozen", "saved KiB ours/peer", "ms frozen", "path", "peer is",
-)  # fmt: skip
+PEAK = "peak MiB ours/other/frozen"
+
+# Who is shown beside ours, in this order, where anybody ran it.
+OTHERS = {
+    PEFT: "PEFT",
+    PEFT_WIDE: "PEFT fp32",
+    ACCELERATED: "accelerate()",
+    PEFT_COMPILED: "PEFT compiled",
+    FORMULA: "formula",
+    OURS_COMPILED: "ours compiled",
+}
+RIVALS = (PEFT, FORMULA)  # the one beside ours where there is room for one
+
+TIME_WORDS = (
+    "Time of forward + backward over the frozen nn.Linear's in the same round: the median, and the "
+    "range of the processes' medians where there are several. [q1, q3]: quartiles over the rounds. "
+    "control: an identical second frozen layer. best other: ours by the fastest other "
+    "implementation. PEFT: its layer with adapters of our dtype; PEFT fp32: with its default of "
+    "float32; accelerate(): PEFT's layer on our operator; formula: the method as its paper's code "
+    "has it, where PEFT lacks it. path: what ours was seen to take. PEFT computes DoRA's norm in "
+    "every step and drops x in its base product too, also where the row's ours does not."
+)
+WORK_WORDS = (
+    "Peak: bytes allocated at once during forward + backward, output and gradients included. "
+    "Saved: bytes kept for backward beside weights. GFLOP and MB are counted, not measured: what "
+    "ours and the frozen layer compute, and read and write at the least. Share of the roof: {roof}."
+)
+
+
+def tables(content: dict[str, Any], phase: str = "both") -> list[Table]:
+    """Time; memory and work; and who is not in them, and why."""
+    return tables_of(content["rows"], phase)
+
+
+def tables_of(rows: Iterable[dict[str, Any]], phase: str = "both") -> list[Table]:
+    """``tables`` of the rows of one or more results files."""
+    groups = list(grouped(rows).values())
+    roofs = dict.fromkeys(group[0]["roof"]["what"] for group in groups)
+    found = [
+        Table(f"Layers: time, {phase}", *_time(groups, phase), TIME_WORDS),
+        Table("Layers: memory and work", *_work(groups), WORK_WORDS.format(roof="; ".join(roofs))),
+    ]
+    absent = _absent(groups)
+    if absent:
+        found.append(
+            Table("Layers: who is not beside ours, and why", ("who", "method", "why"), absent)
+        )
+    return found
+
+
+def _time(groups: list[Group], phase: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    shown = [name for name in OTHERS if any(medians(group, name, phase) for group in groups)]
+    impls = any(best_impl(group, phase) for group in groups)
+    header = (
+        "method", "M x K x N", "dtype", OURS, "[q1, q3]", *(["best other"] if impls else []),
+        *(OTHERS[name] for name in shown), CONTROL, "ms frozen", "path",
+    )  # fmt: skip
+    lines = []
+    for group in groups:
+        frozen_ns = [ns for row in group for ns in row["contenders"][FROZEN]["ns"][phase]]
+        best = best_impl(group, phase)
+        other = f"{ratio_text(group, best, phase)} {best}" if best else "-"
+        lines.append(
+            (*_which(group), ratio_text(group, OURS, phase), spread_text(group, OURS, phase),
+             *([other] if impls else []),
+             *(ratio_text(group, name, phase) for name in shown),
+             spread_text(group, CONTROL, phase), f"{statistics.median(frozen_ns) / 1e6:.2f}",
+             _paths(group))
+        )  # fmt: skip
+    return header, lines
+
+
+def _work(groups: list[Group]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    header = (
+        "method", "M x K x N", "dtype", "trained", PEAK, "saved KiB ours/other",
+        "other is", "GFLOP ours/frozen", "MB ours/frozen", "share of roof",
+    )  # fmt: skip
+    lines = []
+    for group in groups:
+        row = group[0]
+        names = OURS, rival(group), FROZEN
+        work = row["work"]
+        share = statistics.median(row["roof"]["share"]["both"]["median"] for row in group)
+        lines.append(
+            (*_which(group), f"{row['contenders'][OURS]['trainable']:,}", peaks(group),
+             "/".join(_size(row, name, "saved_bytes", 1024, 0) for name in names[:2]),
+             row["contenders"][names[1]]["path"] if names[1] else "-",
+             *("/".join(f"{work[name][what]['both'] / unit:.2f}" for name in (OURS, FROZEN))
+               for what, unit in (("flops", 1e9), ("bytes", 1e6))),
+             f"{100 * share:.0f} %")
+        )  # fmt: skip
+    return header, lines
+
+
+def _absent(groups: list[Group]) -> list[tuple[str, str, str]]:
+    """Others than implementations that a method lacks though they were asked for."""
+    found: dict[tuple[str, str, str], None] = {}
+    for group in groups:
+        row = group[0]
+        for name, why in row["left_out"].items():
+            lacks = rival(group) is None or name not in (PEFT, FORMULA)
+            if name in OTHERS and lacks:
+                found[OTHERS[name], row["label"], why] = None
+    return list(found)
 
 
 def grouped(rows: Iterable[dict[str, Any]]) -> dict[Key, Group]:
@@ -58,42 +167,51 @@ def ratio_text(group: Group, name: str, phase: str = "both") -> str:
     return low if low == high else f"{low}-{high}"
 
 
-def cells(group: Group, phase: str = "both") -> tuple[str, ...]:
-    """One line of the table, as HEADER has it."""
-    row = group[0]
-    contenders = row["contenders"]
-    M, K, N = row["shape"]
-
-    def spread_text(name: str) -> str:
-        if name not in contenders:
-            return "-"
-        q1, q3 = quartiles(group, name, phase)
-        return f"[{q1:.2f}, {q3:.2f}]"
-
-    def size(name: str, what: str, unit: int, digits: int) -> str:
-        return f"{contenders[name][what] / unit:.{digits}f}" if name in contenders else "-"
-
-    frozen_ns = [ns for row in group for ns in row["contenders"][FROZEN]["ns"][phase]]
-    return (
-        row["label"],
-        f"{M} x {K} x {N}",
-        SHORT[row["dtype"]],
-        ratio_text(group, OURS, phase),
-        spread_text(OURS),
-        ratio_text(group, PEER, phase),
-        spread_text(PEER),
-        spread_text(CONTROL),
-        "/".join(size(name, "peak_bytes", MIB, 1) for name in (OURS, PEER, FROZEN)),
-        "/".join(size(name, "saved_bytes", 1024, 0) for name in (OURS, PEER)),
-        f"{statistics.median(frozen_ns) / 1e6:.2f}",
-        contenders[OURS]["path"],
-        contenders[PEER]["path"] if PEER in contenders else "-",
-    )
+def spread_text(group: Group, name: str, phase: str = "both") -> str:
+    if not medians(group, name, phase):
+        return "-"
+    q1, q3 = quartiles(group, name, phase)
+    return f"[{q1:.2f}, {q3:.2f}]"
 
 
-def table(rows: Iterable[dict[str, Any]], phase: str = "both") -> str:
-    """The table as Markdown, padded so that it reads in a terminal too."""
-    return markdown(HEADER, [cells(group, phase) for group in grouped(rows).values()])
+def rival(group: Group) -> str | None:
+    """PEFT where it has the method, else the formula; None where there is neither."""
+    return next((name for name in RIVALS if name in group[0]["contenders"]), None)
+
+
+def best_impl(group: Group, phase: str = "both") -> str | None:
+    """The fastest implementation of ours beside what auto takes."""
+    named = [name for name in group[0]["contenders"] if name in IMPLS]
+    return min(named, key=lambda name: statistics.median(medians(group, name, phase)), default=None)
+
+
+def peaks(group: Group) -> str:
+    """Peak MiB of ours, of the one beside it and of the frozen layer."""
+    names = OURS, rival(group), FROZEN
+    return "/".join(_size(group[0], name, "peak_bytes", MIB, 1) for name in names)
+
+
+def _size(row: dict[str, Any], name: str | None, what: str, unit: int, digits: int) -> str:
+    return "-" if name is None else f"{row['contenders'][name][what] / unit:.{digits}f}"
+
+
+def _which(group: Group) -> tuple[str, str, str]:
+    label, (M, K, N), dtype, *_ = key(group[0])
+    return label, f"{M} x {K} x {N}", SHORT[dtype]
+
+
+def _paths(group: Group) -> str:
+    """What ours took: every way that a process took."""
+    return " or ".join(dict.fromkeys(row["contenders"][OURS]["path"] for row in group))
+
+
+def progress(row: dict[str, Any]) -> str:
+    """One line on a row that is done."""
+    group = [row]
+    label, shape, dtype = _which(group)
+    shown = {OURS: OURS} | {n: word for n, word in OTHERS.items() if n in row["contenders"]}
+    ratios = ", ".join(f"{word} {ratio_text(group, name)}" for name, word in shown.items())
+    return f"{label}  {shape} {dtype}: {ratios}  ({row['seconds']:.1f} s)"
 
 
 def against_goals(rows: Iterable[dict[str, Any]], goals: list[dict[str, Any]]) -> str:
@@ -108,29 +226,37 @@ def against_goals(rows: Iterable[dict[str, Any]], goals: list[dict[str, Any]]) -
         M, K, N = goal["shape"]
         name = goal["label"], (M, K, N), goal["dtype"], goal["adapter_dtype"], False
         group = groups.get(name)
-        reached, peer, verdict, peak = "-", "-", "not measured", "-"
+        reached, other, verdict, peak = "-", "-", "not measured", "-"
         if group is not None:
-            reached, peer = ratio_text(group, OURS), ratio_text(group, PEER)
+            beside = rival(group)
+            reached = ratio_text(group, OURS)
+            other = "-" if beside is None else ratio_text(group, beside)
             noise = quartiles(group, CONTROL)[1] - 1.0
             ours = statistics.median(medians(group, OURS))
             verdict = "yes" if ours <= goal["goal"] + 0.005 else "no"
             if verdict == "no" and ours - max(noise, 0.0) <= goal["goal"] + 0.005:
                 verdict = "noise"
-            peak = cells(group)[HEADER.index("peak MiB ours/peer/frozen")]
+            peak = peaks(group)
         was = "-" if goal.get("peft") is None else f"{goal['peft']:.2f}"
         lines.append(
             (goal["label"], f"{K}", SHORT[goal["dtype"]], was, f"{goal['goal']:.2f}", reached,
-             peer, verdict, peak)
+             other, verdict, peak)
         )  # fmt: skip
     return markdown(
-        ("row", "d", "dtype", "PEFT then", "goal", "reached", "peer now", "reached?",
-         "peak MiB ours/peer/frozen"),
+        ("row", "d", "dtype", "PEFT then", "goal", "reached", "other now", "reached?", PEAK),
         lines,
     )  # fmt: skip
 
 
-def picture(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
-    """Bars of the overhead over the frozen layer in percent, ours and the peer's."""
+def picture(content: dict[str, Any], path: Path) -> None:
+    """Bars of the overhead over the frozen layer in percent, a panel for each shape and dtype."""
+    picture_of(content["rows"], path, headline(content))
+
+
+def picture_of(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
+    """``picture`` of the rows of one or more results files; bars are cut where twice as long as
+    the longest of ours, and say how long they are.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,29 +268,53 @@ def picture(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
         panels.setdefault((f"{M} x {K} x {N}", group[0]["dtype"]), []).append(group)
     longest = max(len(groups) for groups in panels.values())
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 1.2 + 0.34 * longest), squeeze=False
+        1, len(panels), figsize=(4.6 * len(panels), 1.4 + 0.36 * longest), squeeze=False
     )
     for axis, ((shape, dtype), groups) in zip(axes[0], panels.items(), strict=True):
-        for offset, name, color in ((-0.2, OURS, "tab:blue"), (0.2, PEER, "tab:orange")):
-            shown = [(i, group) for i, group in enumerate(groups) if medians(group, name)]
-            middle = [100 * (statistics.median(medians(g, name)) - 1) for _, g in shown]
-            spreads = [quartiles(group, name) for _, group in shown]
+        limit = 2 * max(100 * (max(medians(group, OURS)) - 1) for group in groups)
+        limit = max(limit, 20.0)
+        kinds = (
+            (OURS, lambda group: OURS, "tab:blue"),
+            ("PEFT or formula", rival, "tab:orange"),
+            (ACCELERATED, lambda group: ACCELERATED, "tab:green"),
+        )
+        for place, (label, who, color) in enumerate(kinds):
+            bars = [
+                (i + 0.27 * (place - 1), *_percent(group, name))
+                for i, group in enumerate(groups)
+                if (name := who(group)) is not None and medians(group, name)
+            ]
+            if not bars:
+                continue
+            spots, middle, low, high = zip(*bars, strict=True)
+            cut = [min(value, limit) for value in middle]
             errors = [
-                [max(0.0, m - 100 * (q1 - 1)) for m, (q1, _) in zip(middle, spreads, strict=True)],
-                [max(0.0, 100 * (q3 - 1) - m) for m, (_, q3) in zip(middle, spreads, strict=True)],
+                [max(0.0, m - q) for m, q in zip(middle, low, strict=True)],
+                [max(0.0, q - m) if q < limit else 0.0 for m, q in zip(middle, high, strict=True)],
             ]
             axis.barh(
-                [i + offset for i, _ in shown], middle, 0.38, xerr=errors, color=color,
-                error_kw={"elinewidth": 0.8}, label="PEFT or formula" if name == PEER else name,
+                spots, cut, 0.25, xerr=errors, color=color, error_kw={"elinewidth": 0.7},
+                label=label,
             )  # fmt: skip
+            for spot, value in zip(spots, middle, strict=True):
+                if value > limit:
+                    axis.text(limit, spot, f" {value:.0f} %", va="center", fontsize=6)
+        axis.set_xlim(right=1.15 * limit)
         axis.set_yticks(range(len(groups)), [group[0]["label"] for group in groups], fontsize=8)
         axis.invert_yaxis()
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.set_title(f"{shape}, {SHORT[dtype]}", fontsize=9)
-        axis.set_xlabel("% over the frozen nn.Linear, forward + backward", fontsize=8)
+        axis.set_xlabel("% over the frozen nn.Linear", fontsize=8)
         axis.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _percent(group: Group, name: str) -> tuple[float, float, float]:
+    """Median and quartiles of the overhead over the frozen layer, in percent."""
+    q1, q3 = quartiles(group, name)
+    middle = statistics.median(medians(group, name))
+    return 100 * (middle - 1), 100 * (q1 - 1), 100 * (q3 - 1)

@@ -1,27 +1,26 @@
-"""The layer suite: every method of the registry on one nn.Linear, next to the same in PEFT.
+"""The layer suite: every method of the registry on one nn.Linear, next to the same by others.
 
 A row is one method with its options at one shape and dtype.  Its contenders, in one interleaved
-run: the frozen nn.Linear, an identical second one (the control), ours, and the peer where one
-exists.  Each has its own copy of the same random weight, and trainable tensors away from their
-start, so that no operand is zero.
+run: the frozen nn.Linear, an identical second one (the control), ours by every implementation, and
+PEFT's layer or the written-out formula (contenders.py).
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from torch import nn
 
-from decomp_kernels.bench import engine, memory, peers
-from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
+from decomp_kernels import roofline
+from decomp_kernels.bench import conditions, engine, memory
+from decomp_kernels.bench.contenders import OURS, Contenders, Entry
+from decomp_kernels.bench.engine import FROZEN, PHASES, Samples
 from decomp_kernels.explanation import Explanation, explain
-from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import methods
 from decomp_kernels.methods.base import Method
+from decomp_kernels.roofline import Terms
 
-OURS, PEER = "ours", "peer"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Sizes of the methods whose rank is not LoRA's: the common choice of their papers or of PEFT.
@@ -34,8 +33,11 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
     ("fp32 adapters, dropout 0.05", "lora", {"dropout": 0.05}, True),
     ("cached norm", "dora", {"cache_norm": True}, False),
     ("dropout 0.05", "dora", {"dropout": 0.05, "dropout_mode": "peft"}, False),
+    ("dropout 0.05 on the branch", "dora", {"dropout": 0.05, "dropout_mode": "branch"}, False),
     ("fp32 adapters", "dora", {}, True),
+    ("fp32 adapters, dropout 0.05", "dora", {"dropout": 0.05, "dropout_mode": "peft"}, True),
 )
+AS_BASE, WIDE = ADAPTER_DTYPES = ("base", "float32")
 
 
 @dataclass(frozen=True)
@@ -63,24 +65,59 @@ def rows(
     shapes: list[tuple[int, int, int]],
     dtypes: list[str],
     rank: int,
-    bias: bool = False,
+    biases: Sequence[bool] = (False,),
+    dropouts: Sequence[float] | None = None,
+    adapter_dtypes: Sequence[str] | None = None,
 ) -> Iterator[Row]:
-    """Every row asked for, the plain row of each method first; names None: the whole registry."""
+    """Every row asked for, the plain row of each method first; names None: the whole registry.
+
+    dropouts, adapter_dtypes (of ADAPTER_DTYPES): every method with each of these, those without
+    dropout once; where both are None, the plain rows and VARIANTS.
+    """
     registry = methods()
     for name in names or []:
         if name not in registry:
             raise ValueError(f"method must be one of {', '.join(registry)}, got {name!r}")
+    for p in dropouts or ():
+        if not 0.0 <= p < 1.0:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {p}")
     for shape in shapes:
-        for dtype in dtypes:
-            for name in names or registry:
-                plain = _options(registry[name], rank)
-                yield Row(name, _sorted(plain), shape, dtype, dtype, bias=bias)
-                for variant, of, extra, wide in VARIANTS:
-                    if of != name or (wide and dtype == "float32"):
-                        continue
-                    adapter_dtype = "float32" if wide else dtype
-                    options = _sorted(plain | extra)
-                    yield Row(name, options, shape, dtype, adapter_dtype, variant, bias)
+        for bias in biases:
+            for dtype in dtypes:
+                for name in names or registry:
+                    plain = _options(registry[name], rank)
+                    if dropouts is None and adapter_dtypes is None:
+                        asked = _variants(name)
+                    else:
+                        asked = _grid(name, dropouts or (0.0,), adapter_dtypes or (AS_BASE,))
+                    for variant, extra, wide in asked:
+                        if wide and dtype == "float32":
+                            continue
+                        label = ", ".join(filter(None, (variant, "bias" if bias else "")))
+                        adapter_dtype = "float32" if wide else dtype
+                        options = _sorted(plain | extra)
+                        yield Row(name, options, shape, dtype, adapter_dtype, label, bias)
+
+
+def _variants(name: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    yield "", {}, False
+    for variant, of, extra, wide in VARIANTS:
+        if of == name:
+            yield variant, extra, wide
+
+
+def _grid(
+    name: str, dropouts: Sequence[float], adapter_dtypes: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    known = {field.name for field in fields(methods()[name])}
+    for p in dropouts if "dropout" in known else (0.0,):
+        for adapter_dtype in adapter_dtypes:
+            wide = adapter_dtype == WIDE
+            parts = ["fp32 adapters"] * wide + [f"dropout {p:g}"] * (p > 0)
+            extra: dict[str, Any] = {"dropout": p} if p else {}
+            if p and "dropout_mode" in known:
+                extra["dropout_mode"] = "peft"  # what PEFT computes
+            yield ", ".join(parts), extra, wide
 
 
 def run(
@@ -91,34 +128,34 @@ def run(
     seed: int,
     device: torch.device,
     clock: engine.Clock | None = None,
-    peer: bool = True,
     impls: Sequence[str] = (),
+    others: bool = True,
+    compile_too: bool = False,
+    cold: bool = False,
 ) -> dict[str, Any]:
-    """Measure one row: ratios, times, peak memory and bytes saved, as the results file has them.
+    """Measure one row: ratios, times, peak memory, bytes saved and work, as the results file has
+    them.
 
-    clock: the device's wall clock where it is None.  impls: implementations beside what auto takes.
+    clock: the device's wall clock where it is None.  cold: cold caches too, which a GPU's rows have
+    anyway.  The rest as Contenders has it.
     """
     started = time.monotonic()
-    contenders, modules = build(row, seed=seed, device=device, peer=peer, impls=impls)
-    clock = engine.device_clock(device) if clock is None else clock
-    samples = engine.measure(contenders, rounds, warmup=warmup, seed=seed, clock=clock)
-    measured = {}
-    for contender, module in zip(contenders, modules, strict=True):
-        kept = [*module.parameters(), *module.buffers()]
-        measured[contender.name] = {
-            "path": contender.path,
-            "ratio": {
-                phase: samples.ratio(contender.name, phase)._asdict()
-                for phase in sorted(samples.ns[contender.name])
-            },
-            "ns": samples.ns[contender.name],
-            "peak_bytes": memory.peak_bytes(contender, device),
-            "saved_bytes": memory.saved_bytes(contender, kept),
-            "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
-        }
+    made = build(row, seed=seed, device=device, impls=impls, others=others, compile_too=compile_too)
+    contenders = [entry.contender for entry in made.entries]
+    samples, not_replayed = conditions.measure(
+        contenders, rounds, device=device, clock=clock, warmup=warmup, seed=seed, cold=cold
+    )
+    measured = {entry.contender.name: _measured(entry, samples, device) for entry in made.entries}
+    for name, why in not_replayed.items():
+        measured[name]["not_replayed"] = why
+    explained = explain(made.ours, row.shape[0])
     described = asdict(row) | {"label": row.label, "options": dict(row.options)}
     return described | {
         "contenders": measured,
+        "left_out": made.left_out,
+        "expected_path": expected_path(explained),
+        "work": _work(row, explained),
+        "roof": _roof(row, explained, samples),
         "seconds": round(time.monotonic() - started, 2),
     }
 
@@ -128,57 +165,91 @@ def build(
     *,
     seed: int,
     device: torch.device,
-    peer: bool = True,
     impls: Sequence[str] = (),
-) -> tuple[list[Contender], list[nn.Module]]:
-    """The contenders of a row and their modules."""
-    M, K, N = row.shape
-    dtype, adapter_dtype = DTYPES[row.dtype], DTYPES[row.adapter_dtype]
-    torch.manual_seed(seed)
-    x, dy = (torch.randn(M, size, device=device).to(dtype) for size in (K, N))
-    weight = torch.randn(N, K, device=device).div_(K**0.5).to(dtype)
-    bias = torch.randn(N, device=device).to(dtype) if row.bias else None
-
-    def linear() -> nn.Linear:
-        made = nn.Linear(K, N, bias=row.bias, device="meta", dtype=dtype)
-        made.weight = nn.Parameter(weight.clone(), requires_grad=False)
-        if bias is not None:
-            made.bias = nn.Parameter(bias.clone(), requires_grad=False)
-        return made
-
-    method = row.make()
-    layer = DecomposedLinear(linear(), method, dtype=adapter_dtype)
-    made: list[tuple[str, nn.Module, str]] = [
-        (FROZEN, linear(), "nn.Linear"),
-        (CONTROL, linear(), "nn.Linear"),
-        (OURS, layer, _path(explain(layer, M))),
-    ]
-    for impl in impls:
-        named = replace(method, impl=impl)
-        made.append((impl, DecomposedLinear(linear(), named, dtype=adapter_dtype), impl))
-    other = peers.peer(method, linear(), adapter_dtype) if peer else None
-    if other is not None:
-        made.append((PEER, *other))
-    for _, module, _ in made:
-        _leave_the_start(module)
-    contenders = [engine.layer(name, module, x, dy, path) for name, module, path in made]
-    return contenders, [module for _, module, _ in made]
+    others: bool = True,
+    compile_too: bool = False,
+) -> Contenders:
+    """The contenders of a row."""
+    return Contenders(
+        row.make(), row.shape, DTYPES[row.dtype], DTYPES[row.adapter_dtype], row.bias,
+        seed=seed, device=device, impls=impls, others=others, compile_too=compile_too,
+    )  # fmt: skip
 
 
-def _path(explained: Explanation) -> str:
-    """What auto takes: both names where forward and backward differ."""
+def _measured(entry: Entry, samples: Samples, device: torch.device) -> dict[str, Any]:
+    contender, module = entry.contender, entry.module
+    path = entry.path
+    if entry.compiled is not None and entry.compiled.graphs != entry.compiled.seen:
+        path = entry.compiled.path()  # compiled anew while it was timed
+    return {
+        "path": path,
+        "calls": list(entry.calls),
+        "ratio": {
+            phase: samples.ratio(contender.name, phase)._asdict()
+            for phase in sorted(samples.ns[contender.name])
+        },
+        "ns": samples.ns[contender.name],
+        "peak_bytes": memory.peak_bytes(contender, device),
+        "saved_bytes": memory.saved_bytes(contender, [*module.parameters(), *module.buffers()]),
+        "trainable": sum(p.numel() for p in module.parameters() if p.requires_grad),
+    }
+
+
+def expected_path(explained: Explanation) -> str:
+    """What ``explain`` says that auto takes: both names where forward and backward differ."""
     forward, backward = explained.forward, explained.backward
     if backward is None or backward.impl == forward.impl:
         return forward.impl
     return f"{forward.impl}, {backward.impl}"
 
 
-@torch.no_grad()
-def _leave_the_start(module: nn.Module) -> None:
-    """Add noise to what is trained: LoRA's B is zero at the start, and zeros are fast."""
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+def _frozen_terms(row: Row) -> Terms:
+    M, K, N = row.shape
+    return Terms(M, N, K, element=DTYPES[row.dtype].itemsize)
+
+
+def _work(row: Row, explained: Explanation) -> dict[str, dict[str, dict[str, float]]]:
+    """FLOPs and bytes of ours and of the frozen layer by phase, as roofline.py counts them."""
+    assert explained.backward is not None
+    terms = _frozen_terms(row)
+    parts = {
+        OURS: [(d.flops, d.bytes) for d in (explained.forward, explained.backward)],
+        FROZEN: [
+            roofline.total(listed(terms, "aten"))
+            for listed in (roofline.forward, roofline.backward)
+        ],
+    }
+    return {
+        name: {
+            what: dict(zip(PHASES, (there[i], back[i], there[i] + back[i]), strict=True))
+            for i, what in enumerate(("flops", "bytes"))
+        }
+        for name, (there, back) in parts.items()
+    }
+
+
+def _roof(row: Row, explained: Explanation, samples: Samples) -> dict[str, Any]:
+    """The share of the roof that ours reaches, by phase: median and quartiles over the rounds.
+
+    On a GPU with known ceilings the roof is all arithmetic at once, reading and writing each tensor
+    once.  Elsewhere it is this machine's own matrix product: the FLOP/s of the frozen layer in the
+    same round.
+    """
+    assert explained.backward is not None
+    parts = explained.forward, explained.backward
+    shares = {}
+    if all(part.seconds is not None for part in parts):
+        what = f"all arithmetic at once, each tensor once: {explained.ceilings}"
+        least = [part.seconds * part.share_of_roof for part in parts]  # type: ignore[operator]
+        for phase, seconds in zip(PHASES, (*least, sum(least)), strict=True):
+            shares[phase] = engine.spread([seconds * 1e9 / ns for ns in samples.ns[OURS][phase]])
+    else:
+        what = "the FLOP/s of the frozen layer in the same round"
+        work = _work(row, explained)
+        for phase in PHASES:
+            more = work[OURS]["flops"][phase] / work[FROZEN]["flops"][phase]
+            shares[phase] = engine.spread([more / ratio for ratio in samples.ratios(OURS, phase)])
+    return {"what": what, "share": {phase: share._asdict() for phase, share in shares.items()}}
 
 
 def _options(cls: type[Method], rank: int) -> dict[str, Any]:

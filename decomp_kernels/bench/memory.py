@@ -7,6 +7,7 @@ caching allocator keeps the peak itself.
 
 import os
 from collections.abc import Iterable
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -29,22 +30,32 @@ def saved_bytes(contender: Contender, excluded: Iterable[Tensor]) -> int:
     ``excluded``: tensors whose storages exist anyway (parameters and buffers).
     """
     known = {part.untyped_storage().data_ptr() for tensor in excluded for part in _dense(tensor)}
-    kept: dict[int, Tensor] = {}
+    kept: WeakSet[_Kept] = WeakSet()  # those whose node a later detach let go are gone from it
 
-    def pack(tensor: Tensor) -> Tensor:
-        for part in _dense(tensor):
-            address = part.untyped_storage().data_ptr()
-            if address not in known:
-                kept[address] = part  # held, so that no address is used twice
-        return tensor
+    def pack(tensor: Tensor) -> _Kept:
+        saved = _Kept(tensor)
+        kept.add(saved)
+        return saved
 
     contender.reset()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         out = contender.forward()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    storages = {
+        storage.data_ptr(): storage.nbytes()
+        for saved in kept
+        for storage in (part.untyped_storage() for part in _dense(saved.tensor))
+    }
+    total = sum(size for address, size in storages.items() if address not in known)
     contender.backward(out)
     contender.reset()
     return total
+
+
+class _Kept:
+    """What autograd holds in place of a tensor that it saves."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _dense(tensor: Tensor) -> tuple[Tensor, ...]:

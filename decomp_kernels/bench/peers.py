@@ -1,7 +1,7 @@
-"""The layers of others that compute the same function: PEFT's, or the authors' formula.
+"""PEFT's layers that compute the same function as our methods.
 
 A peer is made from a fresh frozen linear and our method's instance, so that both have the same
-options.  PEFT is imported by the call that needs it.
+options.  PEFT is imported by the call that needs it.  Methods that PEFT lacks: formulas.py.
 """
 
 import warnings
@@ -10,30 +10,35 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from decomp_kernels.methods.base import Method
 from decomp_kernels.methods.hira import HiRA
 from decomp_kernels.peft_form import PeftForm
 
-Peer = Callable[[nn.Linear, Any, torch.dtype], nn.Module]
-
 _TARGET = {"target_modules": ["0"]}
 
 
-def peer(method: Method, linear: nn.Linear, dtype: torch.dtype) -> tuple[nn.Module, str] | None:
-    """(layer, what it is) for our method's instance; None where nobody has the method.
+def why_not(method: Method) -> str | None:
+    """Why PEFT's layer is no contender for our method's instance; None where it is one."""
+    if method.name not in CONFIGS:
+        return f"PEFT has no {method.name}"
+    return None if find_spec("peft") else "peft is not installed"
+
+
+def peft_layer(method: Method, linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """PEFT's layer with our instance's options.  Raises ValueError where PEFT refuses them.
 
     dtype: of the adapter's matrices; PEFT has the base's own, or float32 by its default.
     """
-    if method.name in FORMULAS:
-        module = FORMULAS[method.name](linear, method)
-        return module, "authors' formula"
-    if method.name not in CONFIGS or find_spec("peft") is None:
-        return None
-    module = _peft_layer(CONFIGS[method.name](method), linear, dtype)
-    return module, ".".join(type(module).__module__.split(".")[:3])
+    return _peft_layer(CONFIGS[method.name](method), linear, dtype)
+
+
+def described(layer: nn.Module) -> str:
+    """Whose a PEFT layer is, and the dtype of what it trains."""
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in layer.parameters() if p.requires_grad}
+    package = ".".join(type(layer).__module__.split(".")[:3])
+    return f"{package}, {' and '.join(sorted(dtypes))} adapters"
 
 
 def _peft_layer(config: Any, linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
@@ -113,20 +118,3 @@ CONFIGS: dict[str, Callable[[Any], Any]] = {
     "ia3": lambda method: _ia3([]),
     "ssl": lambda method: _ia3(["0"]),
 }
-
-
-class SSBFormula(nn.Module):
-    """y = x (row * W * col)^T + b: the paper's reference form, the scaled weight made each time."""
-
-    def __init__(self, linear: nn.Linear, method: Method) -> None:
-        super().__init__()
-        self.linear = linear.requires_grad_(False)
-        weight = linear.weight
-        self.row = nn.Parameter(weight.new_ones(weight.shape[0], 1))
-        self.col = nn.Parameter(weight.new_ones(1, weight.shape[1]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.row * self.linear.weight * self.col, self.linear.bias)
-
-
-FORMULAS: dict[str, Callable[[nn.Linear, Method], nn.Module]] = {"ssb": SSBFormula}

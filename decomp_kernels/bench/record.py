@@ -10,10 +10,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
+from decomp_kernels.bench.machine import machine
 
 FORMAT = "decomp_kernels.bench/1"
-PACKAGES = ("decomp_kernels", "torch", "triton", "peft", "transformers", "numpy")
+PACKAGES = (
+    "decomp_kernels", "torch", "triton", "peft", "transformers", "numpy",
+    "bitsandbytes", "torchao", "axolotl", "unsloth",
+)  # fmt: skip
 
 
 def document(suite: str, protocol: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -68,18 +71,6 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def machine() -> dict[str, Any]:
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "gpus": [torch.cuda.get_device_name(index) for index in gpus],
-    }
-
-
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -106,12 +97,3 @@ def commit() -> str | None:
 def _git(root: Path, *words: str) -> str:
     done = subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True)
     return done.stdout.strip()
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

@@ -20,6 +20,12 @@ class Table(NamedTuple):
         return markdown(self.header, self.lines)
 
 
+def texts(tables: Sequence[Table]) -> str:
+    """Tables one under the other, each with its title and its words."""
+    parts = (f"**{t.title}.** {t.words}".rstrip() + f"\n\n{t.markdown()}" for t in tables)
+    return "\n\n".join(parts)
+
+
 def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 

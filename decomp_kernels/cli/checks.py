@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import decomp_kernels as dk
-from decomp_kernels.cli.compare import method_of, twin
+from decomp_kernels.bench.twins import method_of, twin
 from decomp_kernels.cli.tasks import Task
 
 ROWS = 16

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from decomp_kernels.cli.compare import method_of
+from decomp_kernels.bench.twins import method_of
 from decomp_kernels.cli.errors import BadInput, one_line
 from decomp_kernels.constraints import mpc_loss
 from decomp_kernels.methods import diff_pruning, lora_dash

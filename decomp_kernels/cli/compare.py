@@ -9,24 +9,21 @@ second frozen model is the control: what its ratio is away from 1 is noise.  The
 in it.
 """
 
-import copy
-import warnings
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
-from decomp_kernels.bench import engine, memory, peers
+from decomp_kernels.bench import engine, memory
+from decomp_kernels.bench.twins import PEFT, method_of, peer_of, twin
 from decomp_kernels.cli.errors import need, one_line
 from decomp_kernels.cli.models import training_mode
 from decomp_kernels.cli.tasks import Task
 from decomp_kernels.interop.peft.accelerate import accelerate, fused_calls
-from decomp_kernels.linear import Decomposed
+from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods.base import Method
 
-PEFT = "PEFT"
 ACCELERATED = "PEFT, accelerate()"
 
 
@@ -45,43 +42,13 @@ class Compared:
     fused: tuple[int, int] | None = None  # of ACCELERATED: (calls of layers on the operator, all)
 
 
-def twin(model: nn.Module) -> nn.Module:
-    """A copy that shares the parameters.  Frozen ones are never written to, merging included."""
-    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def method_of(model: nn.Module) -> Method:
-    """The method that an adapted model was adapted with."""
-    layer: Any = next(m for m in model.modules() if isinstance(m, Decomposed))
-    return layer.adapters[layer.active_adapter].method
-
-
-def peer_of(model: nn.Module, method: Method, adapted: list[str]) -> tuple[nn.Module, str] | None:
-    """(the same method by others on the same modules, whose it is), None where nobody has it."""
-    if method.name in peers.FORMULAS:
-        formula: Any = peers.FORMULAS[method.name]
-        made = twin(model)
-        for name in adapted:
-            parent, _, last = name.rpartition(".")
-            linear = _as_linear(made.get_submodule(name))
-            setattr(made.get_submodule(parent), last, formula(linear, method))
-        return made, "authors' formula"
-    if method.name not in peers.CONFIGS or find_spec("peft") is None:
+def peer(model: nn.Module, method: Method, adapted: list[str]) -> tuple[nn.Module, str] | None:
+    """``peer_of``; what PEFT refuses is said, and left out."""
+    try:
+        return peer_of(model, method, adapted)
+    except ValueError as error:  # options or shapes that it does not take
+        print(f"note: PEFT has no {method.name} with these options here: {one_line(error)}")
         return None
-    peft = need("peft", "bench")
-    # PiSSA writes its residual into the base weights, which are everyone's.
-    copied = copy.deepcopy(model) if method.name == "pissa" else twin(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            config = peers.CONFIGS[method.name](method)
-            config.target_modules = set(adapted)
-            if getattr(config, "feedforward_modules", None):
-                config.feedforward_modules = set(adapted)
-            return peft.get_peft_model(copied, config), PEFT
-        except ValueError as error:  # options or shapes that it does not take
-            print(f"note: PEFT has no {method.name} with these options here: {one_line(error)}")
-            return None
 
 
 def compare(
@@ -102,12 +69,12 @@ def compare(
     }
     for label, model in adapted.items():
         models[label] = (label, "ours", model)
-        names = [name for name, m in model.named_modules() if isinstance(m, Decomposed)]
-        found = peer_of(base, method_of(model), names)
+        names = list(adapted_layers(model))
+        found = peer(base, method_of(model), names)
         if found is not None:
             models[f"{label}, {found[1]}"] = (label, found[1], found[0])
         if found is not None and found[1] == PEFT:
-            another: Any = peer_of(base, method_of(model), names)
+            another: Any = peer(base, method_of(model), names)
             models[f"{label}, {ACCELERATED}"] = (label, ACCELERATED, accelerate(another[0]))
     tqdm = need("tqdm", "train").tqdm
     with tqdm(total=(rounds + 1) * len(models), desc="timing", unit="step") as bar:
@@ -134,17 +101,6 @@ def compare(
             result.fused = fused_calls(model)
         results.append(result)
     return results
-
-
-def _as_linear(module: Any) -> nn.Linear:
-    """GPT-2's Conv1D as the nn.Linear that computes the same; an nn.Linear as it is."""
-    if isinstance(module, nn.Linear):
-        return module
-    K, N = module.weight.shape
-    linear = nn.Linear(K, N, bias=module.bias is not None, device="meta")
-    linear.weight = nn.Parameter(module.weight.T, requires_grad=False)
-    linear.bias = module.bias
-    return linear
 
 
 def _contender(

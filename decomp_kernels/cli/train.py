@@ -17,9 +17,10 @@ from torch import nn
 
 import decomp_kernels as dk
 from decomp_kernels.bench.tables import counted
+from decomp_kernels.bench.twins import twin
 from decomp_kernels.cli import checks, folder, loop, models
 from decomp_kernels.cli.companions import companion
-from decomp_kernels.cli.compare import Compared, compare, twin
+from decomp_kernels.cli.compare import Compared, compare
 from decomp_kernels.cli.datasets import Data, gather
 from decomp_kernels.cli.errors import BadInput, CheckFailed, need, one_line
 from decomp_kernels.cli.language import Language

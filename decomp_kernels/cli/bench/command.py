@@ -2,9 +2,9 @@
 
 import argparse
 
-from decomp_kernels.cli.bench import layer, scale, table
+from decomp_kernels.cli.bench import layer, quality, scale, table
 
-SUITES = (layer, scale, table)
+SUITES = (layer, scale, quality, table)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

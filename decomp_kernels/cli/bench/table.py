@@ -7,7 +7,7 @@ from typing import Any
 
 from decomp_kernels.bench import layer_tables, record
 from decomp_kernels.bench.marked import check_marked, put_into
-from decomp_kernels.bench.tables import headline
+from decomp_kernels.bench.tables import headline, texts
 from decomp_kernels.cli.errors import BadInput
 
 
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
         raise BadInput(str(error)) from None
     rows = [row for content in contents for row in content["rows"]]
     if args.goals is None:
-        name, table = "layers", layer_tables.table(rows, args.phase)
+        name = "layers"
+        table = texts(layer_tables.tables_of(rows, args.phase))
     else:
         goals = json.loads(args.goals.read_text())["goals"]
         name, table = "goals", layer_tables.against_goals(rows, goals)
@@ -48,6 +49,6 @@ def run(args: argparse.Namespace) -> int:
         put_into(args.into, name, "\n\n".join([*headlines, table]))
         print(f"written: {args.into}")
     if args.picture is not None:
-        layer_tables.picture(rows, args.picture, headlines[0])
+        layer_tables.picture_of(rows, args.picture, headlines[0])
         print(f"written: {args.picture}")
     return 0

@@ -1,0 +1,261 @@
+"""The model suite: one training step of a Llama-shaped decoder, for tokens per second and memory.
+
+    step = loss, its gradient down to the first block's input, AdamW on the adapters
+
+A row is one method at one size, dtype and checkpointing.  Its contenders, in one interleaved run:
+the frozen model, an identical second one (the control), ours, PEFT's model of the same method, the
+same after ``accelerate``, and, where it is asked for, ours and PEFT's under ``torch.compile``.  For
+SSB, which PEFT lacks, the authors' formula is the peer.  All share the random base weights, start
+from the same random adapters, none of them zero, and take the same batch.
+
+Before anything is timed, loss and gradients of all are compared: a step that computes something
+else is no contender.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from decomp_kernels.bench import engine
+from decomp_kernels.bench.agreement import agree, copy_adapters, leave_the_start, tensors_of
+from decomp_kernels.bench.compiled import fresh_compiler
+from decomp_kernels.bench.engine import CONTROL, FROZEN
+from decomp_kernels.bench.layers import DTYPES, OURS, PEER
+from decomp_kernels.bench.trainee import ACCELERATED, Trainee, causal
+from decomp_kernels.bench.twins import PEFT, peer_of, sibling, twin
+from decomp_kernels.interop.peft.accelerate import accelerate
+from decomp_kernels.linear import adapted_layers
+from decomp_kernels.methods import methods
+from decomp_kernels.methods.base import Method
+from decomp_kernels.model import adapt
+
+OURS_COMPILED, PEER_COMPILED = "ours, compiled", "peer, compiled"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CHECKPOINTING = ("none", "block")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A decoder of Llama's shape, and the batch that it takes."""
+
+    hidden: int = 768
+    layers: int = 4
+    heads: int = 12
+    kv_heads: int = 4
+    intermediate: int = 2048
+    vocab: int = 4096
+    batch: int = 2
+    sequence: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.hidden % self.heads or self.hidden // self.heads % 2:
+            each = 2 * max(1, self.hidden // self.heads // 2)
+            raise ValueError(
+                f"hidden must be an even multiple of heads, got {self.hidden} and {self.heads}; "
+                f"take hidden {each * self.heads}"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}"
+            )
+
+    @property
+    def parameters(self) -> int:
+        """Of the whole model, norms left out."""
+        attention = self.hidden * self.hidden * (2 + 2 * self.kv_heads / self.heads)
+        mlp = 3 * self.hidden * self.intermediate
+        return round(self.layers * (attention + mlp)) + 2 * self.vocab * self.hidden
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; dtypes by name."""
+
+    method: str
+    options: tuple[tuple[str, Any], ...]
+    size: Size
+    targets: tuple[str, ...]
+    dtype: str
+    adapter_dtype: str
+    checkpointing: str  # "none", or "block": each decoder layer's forward runs again in backward
+
+    @property
+    def label(self) -> str:
+        dropout = dict(self.options).get("dropout")
+        return f"{self.method}, dropout {dropout}" if dropout else self.method
+
+    def make(self) -> Method:
+        return methods()[self.method](**dict(self.options))
+
+
+def rows(
+    names: Sequence[str],
+    size: Size,
+    dtypes: Sequence[str],
+    *,
+    rank: int,
+    dropout: float = 0.0,
+    checkpointing: Sequence[str] = CHECKPOINTING,
+    adapter_dtypes: Sequence[str] = ("base",),
+    targets: Sequence[str] = TARGETS,
+) -> Iterator[Row]:
+    """Every row asked for.  adapter_dtypes: "base", or "float32" on a 16-bit model.
+
+    Raises ValueError for a method that is not in the registry, and for options it does not take.
+    """
+    registry = methods()
+    for name in names:
+        if name not in registry:
+            raise ValueError(f"method must be one of {', '.join(registry)}, got {name!r}")
+        registry[name](**_options(registry[name], rank, dropout))
+    for dtype in dtypes:
+        wanted = {dtype if adapter == "base" else adapter for adapter in adapter_dtypes}
+        for adapter in sorted(wanted):
+            for kind in checkpointing:
+                for name in names:
+                    options = _options(registry[name], rank, dropout)
+                    yield Row(
+                        name, tuple(sorted(options.items())), size, tuple(targets), dtype, adapter,
+                        kind,
+                    )  # fmt: skip
+
+
+def run(
+    row: Row,
+    *,
+    rounds: int,
+    warmup: int,
+    seed: int,
+    device: torch.device,
+    clock: engine.Clock | None = None,
+    backend: str | None = None,
+) -> dict[str, Any]:
+    """Measure one row: times, ratios, memory and losses, as the results file has them.
+
+    clock: the device's wall clock where it is None.  backend: of ``torch.compile``; None leaves its
+    contenders out.  Raises RuntimeError where two contenders do not compute the same.
+    """
+    started = time.monotonic()
+    clock = engine.device_clock(device) if clock is None else clock
+    with ExitStack() as stack:
+        if backend is not None:
+            stack.enter_context(fresh_compiler())
+        trainees = build(row, seed=seed, device=device, backend=backend)
+        for trainee in trainees:
+            trainee.observe()
+        agreement = agree(trainees, row.make(), row.dtype)
+        contenders = [trainee.contender() for trainee in trainees]
+        samples = engine.measure(contenders, rounds, warmup=warmup, seed=seed, clock=clock)
+        memories = [trainee.memory(device) for trainee in trainees]
+    measured = {}
+    for trainee, memory_of in zip(trainees, memories, strict=True):
+        name = trainee.name
+        phases = sorted(samples.ns[name])
+        measured[name] = {
+            "path": trainee.path(),
+            "ratio": {phase: samples.ratio(name, phase)._asdict() for phase in phases},
+            "ns": samples.ns[name],
+            "tokens_per_second": _rate(row.size, samples.ns[name]["both"])._asdict(),
+            "trainable": sum(p.numel() for p in trainee.trained),
+        } | memory_of | agreement[name]  # fmt: skip
+        if PEER in samples.ns:
+            measured[name]["over_peer"] = {
+                phase: samples.ratio(name, phase, against=PEER)._asdict() for phase in phases
+            }
+    described = asdict(row) | {"label": row.label, "options": dict(row.options)}
+    described |= {"peer": next((t.whose for t in trainees if t.name == PEER), None)}
+    described |= {"parameters": sum(p.numel() for p in trainees[0].model.parameters())}
+    return described | {
+        "contenders": measured,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def build(
+    row: Row, *, seed: int, device: torch.device, backend: str | None = None
+) -> list[Trainee]:
+    """The contenders of a row, in training mode."""
+    torch.manual_seed(seed)
+    base = base_model(row, device)
+    size, method = row.size, row.make()
+    tokens = torch.randint(size.vocab, (size.batch, size.sequence), device=device)
+    wide = row.adapter_dtype != row.dtype
+    ours = adapt(twin(base), method, list(row.targets), autocast_adapter_dtype=wide)
+    leave_the_start(ours, DTYPES[row.dtype])
+    layers = list(adapted_layers(ours))
+    models: dict[str, tuple[nn.Module, str]] = {
+        FROZEN: (twin(base), ""), CONTROL: (twin(base), ""), OURS: (ours, ""),
+    }  # fmt: skip
+    found = peer_of(base, method, layers, wide=wide) if tensors_of(method) else None
+    if found is not None:
+        peer, whose = found
+        copy_adapters(ours, method, peer)
+        models[PEER] = found
+        if whose == PEFT:
+            models[ACCELERATED] = accelerate(sibling(peer)), ""
+    if backend is not None:
+        models[OURS_COMPILED] = sibling(ours), ""
+        if found is not None:
+            models[PEER_COMPILED] = sibling(peer), ""
+    made = []
+    for name, (model, whose) in models.items():
+        model.train()
+        if row.checkpointing == "block":  # after PEFT's wrapper, which would put a hook on x
+            checkpoint_layers(model)
+        trainee = Trainee(name, model, tokens, layers, whose)
+        if name in (OURS_COMPILED, PEER_COMPILED):
+            assert backend is not None
+            trainee.compile(backend)
+        made.append(trainee)
+    return made
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Keep the input of each decoder layer alone, and run it again in backward."""
+    inner = causal(model)
+    # Its name since transformers 5.23, which warns of the other one.
+    enable = getattr(inner, "activation_checkpointing_enable", None)
+    (enable or inner.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def base_model(row: Row, device: torch.device) -> nn.Module:
+    """A frozen LlamaForCausalLM with random weights."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    size = row.size
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        intermediate_size=size.intermediate,
+        vocab_size=size.vocab,
+        max_position_embeddings=max(size.sequence, 64),
+        use_cache=False,
+        tie_word_embeddings=False,
+    )
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[row.dtype])
+    return model.requires_grad_(False)
+
+
+def _rate(size: Size, ns: list[int]) -> engine.Spread:
+    """Tokens per second, from the nanoseconds of each round's step."""
+    return engine.spread([1e9 * size.batch * size.sequence / each for each in ns])
+
+
+def _options(cls: type[Method], rank: int, dropout: float) -> dict[str, Any]:
+    """r, alpha = 2 r and dropout where the method has them; DoRA's dropout is then PEFT's."""
+    known = {field.name for field in fields(cls)}
+    chosen: dict[str, Any] = {"r": rank, "alpha": 2.0 * rank, "target_r": max(1, rank // 2)}
+    if dropout:
+        chosen |= {"dropout": dropout, "dropout_mode": "peft"}
+    return {name: value for name, value in chosen.items() if name in known}
