@@ -24,7 +24,7 @@ EXEMPT = {
     "docs/performance.md": {"What was tried", "On a GPU: what to expect, nothing measured"},
 }
 # A number, and the words beside which it claims a speed or a memory.
-SPEED = r"\b(faster|slower|speeds?|speed-?ups?|overhead|cheaper|costs?|longer|frozen|takes?)\b"
+SPEED = r"\b(faster|slower|speeds?|speed-?ups?|overhead|cheaper|costs?|longer|frozen|takes? \d)"
 NEEDS = r"(takes?|took|costs?|needs?|saves?|adds?|in|is)"
 SECONDS = r"(ms|µs|us|microseconds|milliseconds|seconds|minutes)"
 CLAIMS = [
