@@ -62,7 +62,9 @@ def tables_of(rows: Iterable[dict[str, Any]], phase: str = "both") -> list[Table
     ]
     absent = _absent(groups)
     if absent:
-        found.append(Table("Layers: who is not beside ours, and why", ("who", "method", "why"), absent))
+        found.append(
+            Table("Layers: who is not beside ours, and why", ("who", "method", "why"), absent)
+        )
     return found
 
 

@@ -140,9 +140,7 @@ def run(
     anyway.  The rest as Contenders has it.
     """
     started = time.monotonic()
-    made = build(
-        row, seed=seed, device=device, impls=impls, others=others, compile_too=compile_too
-    )
+    made = build(row, seed=seed, device=device, impls=impls, others=others, compile_too=compile_too)
     contenders = [entry.contender for entry in made.entries]
     samples, not_replayed = conditions.measure(
         contenders, rounds, device=device, clock=clock, warmup=warmup, seed=seed, cold=cold

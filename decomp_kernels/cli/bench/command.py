@@ -2,9 +2,9 @@
 
 import argparse
 
-from decomp_kernels.cli.bench import layer, table
+from decomp_kernels.cli.bench import layer, model, table
 
-SUITES = (layer, table)
+SUITES = (layer, model, table)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
