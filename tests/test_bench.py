@@ -1,19 +1,30 @@
-"""The measuring engine: what it says of cases whose answer is known by hand."""
+"""The layer suite: its rows, its contenders and what they took, its file and its tables."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from decomp_kernels.bench import engine, layer_tables, layers, peers, record
+from decomp_kernels import dispatch
+from decomp_kernels.bench import (
+    contenders,
+    engine,
+    layer_tables,
+    layers,
+    observed,
+    peers,
+    record,
+)
 from decomp_kernels.bench.engine import CONTROL, FROZEN
 from decomp_kernels.cli.bench import layer as layer_suite
 from decomp_kernels.cli.main import main
+from decomp_kernels.explanation import explain
 from decomp_kernels.methods import methods
 
 CPU = torch.device("cpu")
-M, K, N, R = 32, 48, 64, 4
 
 
 @pytest.fixture(autouse=True)
@@ -39,16 +50,45 @@ def test_rows_cover_the_registry_and_the_variants():
     assert ("lora, fp32 adapters", "bfloat16") in labels
     assert ("lora, fp32 adapters", "float32") not in labels
     assert ("dora, cached norm", "float32") in labels
+    for name in ("lora", "dora"):  # dropout and adapters, each with each
+        assert (f"{name}, fp32 adapters, dropout 0.05", "bfloat16") in labels
     for row in made:
         method = row.make()
         assert getattr(method, "r", 4) in (4, layers.OWN_SIZE.get(row.method, {}).get("r"))
 
 
+def test_a_grid_of_dropout_adapters_and_bias():
+    """Of methods that have no dropout one row stands for all; float32 is wide on bf16 alone."""
+    made = list(
+        layers.rows(
+            ["lora", "ssb", "dora"], [(8, 16, 24)], ["float32", "bfloat16"], 4, [False, True],
+            [0.0, 0.1], ["base", "float32"],
+        )
+    )  # fmt: skip
+    labels = [(row.label, row.dtype) for row in made if not row.bias]
+    assert labels == [
+        *((name, "float32") for name in ("lora", "lora, dropout 0.1", "ssb", "dora",
+                                         "dora, dropout 0.1")),
+        *((name, "bfloat16") for name in ("lora", "lora, fp32 adapters", "lora, dropout 0.1",
+                                          "lora, fp32 adapters, dropout 0.1", "ssb",
+                                          "ssb, fp32 adapters", "dora", "dora, fp32 adapters",
+                                          "dora, dropout 0.1", "dora, fp32 adapters, dropout 0.1")),
+    ]  # fmt: skip
+    biased = [row.label for row in made if row.bias]
+    assert len(biased) == len(labels) and all(label.endswith(", bias") for label in biased)
+    wide = {row.label: row for row in made}["dora, fp32 adapters, dropout 0.1, bias"]
+    assert (wide.adapter_dtype, wide.make().dropout_mode) == ("float32", "peft")
+    with pytest.raises(ValueError, match="dropout must be at least 0 and below 1, got 1.5"):
+        list(layers.rows(["ssb"], [(8, 16, 24)], ["float32"], 4, dropouts=[1.5]))
+
+
 def test_layer_suite_writes_what_the_schema_says(tmp_path, capsys):
+    pytest.importorskip("peft")
     output, image = tmp_path / "out" / "layer.json", tmp_path / "layer.png"
     shape = ("--shape", "8,16,24", "--rank", 4, "--rounds", 2, "--threads", 1)
     assert bench("layer", "--methods", "lora", "ssb", "ia3", *shape, "--dtype", "bfloat16",
-                 "--output", output, "--picture", image) == 0  # fmt: skip
+                 "--impls", "aten", "reference", "--output", output,
+                 "--picture", image) == 0  # fmt: skip
     content = json.loads(output.read_text())
     assert set(content) == {
         "format", "suite", "date", "commit", "machine", "versions", "protocol", "rows",
@@ -60,18 +100,24 @@ def test_layer_suite_writes_what_the_schema_says(tmp_path, capsys):
     assert content["protocol"]["rounds"] == 2
     for row in content["rows"]:
         assert row["shape"] == [8, 16, 24]
-        for name in (FROZEN, CONTROL, layers.OURS):
+        for name in (FROZEN, CONTROL, contenders.OURS):
             got = row["contenders"][name]
             assert set(got) == {
-                "path", "ratio", "ns", "peak_bytes", "saved_bytes", "trainable",
+                "path", "calls", "ratio", "ns", "peak_bytes", "saved_bytes", "trainable",
             }  # fmt: skip
             assert set(got["ratio"]) == set(got["ns"]) == set(engine.PHASES)
             assert all(len(samples) == 2 and min(samples) > 0 for samples in got["ns"].values())
         assert row["contenders"][FROZEN]["saved_bytes"] == 0
+        assert row["contenders"]["reference"]["path"] == "reference"
     by_label = {row["label"]: row["contenders"] for row in content["rows"]}
     assert by_label["lora"]["ours"]["trainable"] == 4 * (16 + 24)
-    assert by_label["ssb"]["peer"]["path"] == "authors' formula"
+    assert by_label["ssb"]["formula"]["path"] == "written out"
     assert by_label["lora"]["ours"]["saved_bytes"] == 2 * 8 * (16 + 4)
+    assert by_label["lora"]["PEFT"]["path"] == "peft.tuners.lora, bfloat16 adapters"
+    wide = by_label["lora"]["PEFT, float32 adapters"]
+    assert wide["path"] == "peft.tuners.lora, float32 adapters"
+    assert "PEFT, float32 adapters" not in by_label["lora, fp32 adapters"]  # PEFT itself there
+    assert "2 of 2 calls fused" in by_label["lora"]["PEFT, accelerate()"]["path"]
     printed = capsys.readouterr().out
     assert "lora, fp32 adapters, dropout 0.05" in printed
     assert image.read_bytes().startswith(b"\x89PNG")
@@ -89,6 +135,27 @@ def test_layer_suite_writes_what_the_schema_says(tmp_path, capsys):
         assert f"| {verdict} " in line
 
 
+def test_resume_keeps_what_is_there_and_measures_the_rest(tmp_path, capsys):
+    output = tmp_path / "layer.json"
+    words = ("layer", "--shape", "8,16,24", "--rounds", 1, "--threads", 1, "--dtype", "float32",
+             "--impls", "auto", "--no-peer", "--resume", "--output", output)  # fmt: skip
+    assert bench(*words, "--methods", "ia3") == 0
+    (first,) = json.loads(output.read_text())["rows"]
+    assert bench(*words, "--methods", "ssl", "ia3") == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert rows[0] == first  # with its samples: it was not measured again
+    assert [row["label"] for row in rows] == ["ia3", "ssl"]
+    assert "1/1  ssl" in capsys.readouterr().err.splitlines()[-1]
+    assert bench(*words, "--methods", "ssb", "--rank", 8) == 2
+    message = capsys.readouterr().err
+    assert "same protocol" in message and "has rank 16, asked for is rank 8" in message
+    output.write_text(output.read_text().replace(record.machine()["cpu"], "another chip"))
+    assert bench(*words, "--methods", "ssb") == 2
+    assert "is of another chip, this one is" in capsys.readouterr().err
+    assert bench(*words[:-2], "--methods", "ssb") == 2
+    assert "--resume needs --output FILE.json" in capsys.readouterr().err
+
+
 def test_a_table_goes_between_its_two_lines_of_a_document(tmp_path, capsys):
     output, document = tmp_path / "layer.json", tmp_path / "page.md"
     assert bench("layer", "--methods", "ia3", "--shape", "8,16,24", "--rounds", 1, "--threads", 1,
@@ -99,7 +166,7 @@ def test_a_table_goes_between_its_two_lines_of_a_document(tmp_path, capsys):
         text = document.read_text()
         assert text.startswith("before\n<!-- layers -->\n\n")
         assert text.endswith("\n\n<!-- end of layers -->\nafter\n")
-        assert text.count("| ia3 ") == 1
+        assert text.count("| ia3 ") == 2  # its time, and its memory
         assert "old" not in text
     document.write_text("nothing marked")
     assert bench("table", output, "--into", document) == 2
@@ -110,20 +177,136 @@ def test_a_table_goes_between_its_two_lines_of_a_document(tmp_path, capsys):
 def test_peers_compute_something_with_the_same_parameters():
     pytest.importorskip("peft")
     for row in layers.rows([*peers.CONFIGS], [(8, 16, 24)], ["float32"], 4):
-        contenders, modules = layers.build(row, seed=0, device=CPU)
+        made = layers.build(row, seed=0, device=CPU)
         counts = {
-            contender.name: sum(p.numel() for p in module.parameters() if p.requires_grad)
-            for contender, module in zip(contenders, modules, strict=True)
+            entry.contender.name: sum(
+                p.numel() for p in entry.module.parameters() if p.requires_grad
+            )
+            for entry in made.entries
         }
-        assert counts["ours"] == counts["peer"] > 0, row.label
+        assert counts["ours"] == counts["PEFT"] == counts["PEFT, accelerate()"] > 0, row.label
+        assert made.left_out == {"formula": f"no formula is written out for {row.method}"}
 
 
 def test_no_trained_tensor_is_at_its_start():
     (row,) = list(layers.rows(["lora"], [(8, 16, 24)], ["float32"], 4))[:1]
-    _, modules = layers.build(row, seed=0, device=CPU)
+    made = layers.build(row, seed=0, device=CPU)
+    modules = [entry.module for entry in made.entries]
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    assert len(trained) == 4  # ours and PEFT's A and B
+    assert len(trained) == 6  # A and B of ours, of PEFT's and of PEFT's after accelerate
     assert all((p != 0).all() for p in trained)
+
+
+@pytest.mark.parametrize("dtype, names", [("float32", None), ("bfloat16", ["lora", "dora"])])
+def test_what_ran_is_what_explain_says(dtype, names):
+    """Of every method, and the named implementation where one is named."""
+    for row in layers.rows(names, [(8, 32, 24)], [dtype], 4):
+        made = layers.build(row, seed=0, device=CPU, impls=dispatch.CANDIDATES, others=False)
+        paths = {entry.contender.name: entry.path for entry in made.entries}
+        assert paths.pop(FROZEN) == paths.pop(CONTROL) == "nn.Linear"
+        explained = layers.expected_path(explain(made.ours, 8))
+        if getattr(row.make(), "dropout_mode", "") == "peft" and row.make().dropout:
+            # Two calls of the operator, with dropout and without; explain decides by the first.
+            assert explained in (paths["ours"], *paths["ours"].split(" and ")), row.label
+            paths.pop("ours")
+        else:
+            assert paths.pop("ours") == explained, row.label
+        assert all(path == name for name, path in paths.items()), row.label
+        lacking = set(dispatch.CANDIDATES) - set(row.make().impls)
+        assert all(made.left_out[impl].endswith("has no such form") for impl in lacking)
+
+
+def test_an_observed_step_says_what_it_called(monkeypatch):
+    """The variable that names an implementation changes what ours takes, and it shows."""
+    (row,) = list(layers.rows(["dora"], [(8, 32, 24)], ["float32"], 4))[:1]
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    made = layers.build(row, seed=0, device=CPU, impls=["aten"])
+    entries = {entry.contender.name: entry for entry in made.entries}
+    assert entries["ours"].path == "reference"
+    assert entries["PEFT, accelerate()"].path == "2 of 2 calls fused, reference"
+    assert list(entries["aten"].calls) == [
+        "decomposed_linear backward: aten, 1", "decomposed_linear forward: aten, 1",
+        "row_norm forward: aten, 1",
+    ]  # fmt: skip
+    assert entries["PEFT"].path == "peft.tuners.lora, float32 adapters"
+    before = vars(sys.modules["decomp_kernels.kernels.aten.decomposed_linear"])["forward"]
+    with observed.Observed():
+        assert vars(sys.modules[before.__module__])["forward"] is not before
+    assert vars(sys.modules[before.__module__])["forward"] is before
+
+
+def test_compiled_contenders_are_compiled_once(monkeypatch):
+    """Preparing one must not make the other one's compiled code be forgotten."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
+    (row,) = list(layers.rows(["lora"], [(8, 16, 24)], ["float32"], 4))[:1]
+    found = layers.run(row, rounds=1, warmup=1, seed=0, device=CPU, compile_too=True)
+    paths = {name: entry["path"] for name, entry in found["contenders"].items()}
+    assert paths[contenders.PEFT_COMPILED] == "compiled: 1 graph, 0 breaks"
+    assert paths[contenders.OURS_COMPILED] == f"compiled: 1 graph, 0 breaks, {paths['ours']}"
+
+
+def test_what_peft_refuses_is_left_out_with_its_reason():
+    pytest.importorskip("peft")
+    row = layers.Row("sparse", (), (8, 16, 24), "float32", "float32")  # by density: not PEFT's
+    made = layers.build(row, seed=0, device=CPU)
+    assert made.left_out["PEFT"].startswith("PEFT refuses it: ")
+    assert {entry.contender.name for entry in made.entries} == {FROZEN, CONTROL, "ours"}
+
+
+def test_work_and_share_of_the_roof_by_hand():
+    """LoRA: 2 M N K a product, and 2 M r (N + K) for each of the branch's passes."""
+    (row,) = list(layers.rows(["lora"], [(8, 32, 24)], ["float32"], 4))[:1]
+    found = layers.run(row, rounds=3, warmup=0, seed=0, device=CPU, others=False)
+    M, K, N, r = 8, 32, 24, 4
+    gemm, branch = 2 * M * N * K, 2 * M * r * (N + K)
+    work = found["work"]
+    assert work["frozen"]["flops"] == {"forward": gemm, "backward": gemm, "both": 2 * gemm}
+    assert work["ours"]["flops"] == {
+        "forward": gemm + branch, "backward": gemm + 2 * branch, "both": 2 * gemm + 3 * branch,
+    }  # fmt: skip
+    assert work["frozen"]["bytes"]["forward"] == 4 * (M * K + N * K + M * N)
+    ratio = found["contenders"]["ours"]["ratio"]["forward"]["median"]
+    share = found["roof"]["share"]["forward"]["median"]
+    assert share == pytest.approx((gemm + branch) / gemm / ratio)
+    assert found["expected_path"] == found["contenders"]["ours"]["path"]
+
+
+class Broken(nn.Module):
+    """A layer that a compiler has to break in two."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        y = self.linear(x)
+        torch._dynamo.graph_break()
+        return y * y.detach().mean()
+
+
+class Uncompiled(Broken):
+    """One that a compiler may not look into: it runs as it is."""
+
+    @torch.compiler.disable
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.parametrize("module, path", [
+    (nn.Sequential(nn.Linear(6, 6)), "compiled: 1 graph, 0 breaks"),
+    (Broken(), "compiled: 2 graphs, 1 breaks"),
+    (Uncompiled(), "eager: torch.compile made no graph"),
+])  # fmt: skip
+def test_what_the_compiler_made_is_counted(module, path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
+    compiled = observed.Compiled(module)
+    contender = engine.layer("a", compiled, torch.ones(4, 6), torch.ones(4, 6))
+    compiled.prepare(contender)
+    assert compiled.path() == path
+    if compiled.graphs:
+        compiled(torch.ones(5, 6, requires_grad=True))  # another shape
+        assert "compiled again" in compiled.path()
 
 
 def test_the_repository_s_goals_name_rows_that_exist():
@@ -164,9 +347,16 @@ def test_a_file_of_another_kind_is_refused(text, tmp_path, capsys):
     assert "must be a results file of format" in message or text is None
 
 
-def test_an_unknown_method_is_refused(capsys):
-    assert bench("layer", "--methods", "lorra") == 2
-    assert "method must be one of" in capsys.readouterr().err
+@pytest.mark.parametrize("words, message", [
+    (("--methods", "lorra"), "method must be one of"),
+    (("--dropout", "1.5"), "dropout must be at least 0 and below 1, got 1.5"),
+    (("--impls", "atten"), "--impls must be all, auto or names of reference, aten"),
+    (("--impls", "auto", "aten"), "got auto aten"),
+    (("--impls", "native:fused"), "--impls native:fused cannot run here: "),
+])  # fmt: skip
+def test_bad_options_are_refused_before_any_work(words, message, capsys):
+    assert bench("layer", *words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_several_processes_show_a_range():

@@ -80,6 +80,7 @@ class Contenders:
             self._peft()
             self._formula()
         if compile_too:
+            observed.Compiled.forget()
             self._compiled(OURS_COMPILED, copy.deepcopy(self.ours))
             for entry in [entry for entry in self.entries if entry.contender.name == PEFT]:
                 self._compiled(PEFT_COMPILED, copy.deepcopy(entry.module))

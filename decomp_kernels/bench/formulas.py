@@ -1,4 +1,4 @@
-"""y of the methods that PEFT lacks, as their papers' code computes it: separate linear calls, or W'.
+"""y of the methods that PEFT lacks, as their papers' code has it: separate linear calls, or W'.
 
 A formula is made from a plain linear and the tensors of our adapter, so that both compute the same
 function of the same values (tests/test_formulas.py holds outputs and gradients to ours).  Its
@@ -9,7 +9,8 @@ Dropout is on the branch's input, as published; ours drops both terms of MiLoRA 
 spectral adapter, which is the same in expectation and exact without dropout.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +20,25 @@ from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods.base import Adapter, Method
 from decomp_kernels.methods.diff_pruning import GAMMA, ZETA
 
-_CURVES = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh}
+_CURVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+}
 
 
 class Formula(nn.Module):
     """linear: frozen, its tensors are shared.  adapter: ours, whose tensors are copied under their
-    names.  dtype: of those that are trained.
+    names.  dtype: of all that float, the trained ones and the frozen.
     """
 
     base_weight: Tensor  # [N, K]
     base_bias: Tensor | None  # [N]
-    down: Tensor
-    up: Tensor
-    core: Tensor
-    core_matrix: Tensor
-    delta: Tensor
-    left: Tensor
-    right: Tensor
-    singular_up: Tensor
-    singular_down: Tensor
-    singular_values: Tensor
+
+    if TYPE_CHECKING:  # the adapter's tensors, which are the method's business
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, linear: nn.Linear, adapter: Adapter, dtype: torch.dtype) -> None:
         super().__init__()
@@ -48,9 +48,9 @@ class Formula(nn.Module):
         self.register_buffer("base_bias", None if linear.bias is None else linear.bias.detach())
         for name, tensor in adapter.named_parameters():
             self.register_parameter(name, nn.Parameter(tensor.detach().to(dtype, copy=True)))
-        for name, tensor in adapter.named_buffers():
-            floating = dtype if tensor.is_floating_point() else tensor.dtype
-            self.register_buffer(name, tensor.to(floating, copy=True))
+        for name, held in adapter.named_buffers():
+            floating = dtype if held.is_floating_point() else held.dtype
+            self.register_buffer(name, held.to(floating, copy=True))
         self.dropout = nn.Dropout(getattr(self.method, "dropout", 0.0))
         self.prepare()
 
@@ -79,10 +79,6 @@ class Branch(Formula):
 
 
 class BitFit(Formula):
-    def __init__(self, linear: nn.Linear, adapter: Adapter, dtype: torch.dtype) -> None:
-        super().__init__(linear, adapter, dtype)
-        self.bias: Tensor
-
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.base_weight, self.bias.to(x.dtype))
 
@@ -91,7 +87,7 @@ class SSB(Formula):
     """y = x (row * W * col)^T + b: the scaled weight is made each time."""
 
     def forward(self, x: Tensor) -> Tensor:
-        scaled = self.out_scale[:, None] * self.base_weight * self.in_scale  # type: ignore[index]
+        scaled = self.out_scale[:, None] * self.base_weight * self.in_scale
         return self.of_weight(x, scaled)
 
 
@@ -111,9 +107,6 @@ class TriLoRA(Branch):
 class LoRADash(Branch):
     """LoRA, and the chosen directions with their scales beside it."""
 
-    direction_up: Tensor
-    direction_down: Tensor
-
     def branch(self, x: Tensor) -> Tensor:
         low = F.linear(F.linear(x, self.down), self.up) * self.method.scale
         return low + F.linear(F.linear(x, self.direction_down) * self.core, self.direction_up)
@@ -121,9 +114,6 @@ class LoRADash(Branch):
 
 class MiLoRA(Branch):
     """LoRA on a weight without what A and B started from."""
-
-    down0: Tensor
-    up0: Tensor
 
     def prepare(self) -> None:
         self.without(self.up0 * self.method.scale, self.down0)
@@ -141,9 +131,6 @@ class ParallelAdapter(Branch):
 class SeriesAdapter(Formula):
     """A bottleneck network on the linear's output, with its residual."""
 
-    down_bias: Tensor
-    up_bias: Tensor
-
     def forward(self, x: Tensor) -> Tensor:
         z = self.base(x)
         t = _CURVES[self.method.activation](F.linear(z.to(self.dtype), self.down, self.down_bias))
@@ -152,8 +139,6 @@ class SeriesAdapter(Formula):
 
 class SAMParser(Formula):
     """W' = U diag(sigma + delta) V^T, made each time."""
-
-    sigma: Tensor
 
     def prepare(self) -> None:
         values = ((self.left.T @ self.base_weight.to(self.dtype)) * self.right).sum(1)
@@ -174,8 +159,6 @@ class SVDiff(Formula):
 class DiffPruning(Formula):
     """W' = W + z * delta with its hard concrete mask, drawn in each training step."""
 
-    log_alpha: Tensor
-
     def forward(self, x: Tensor) -> Tensor:
         log_alpha = self.log_alpha.to(torch.promote_types(self.dtype, torch.float32))
         if self.training:
@@ -188,9 +171,6 @@ class DiffPruning(Formula):
 class SpectralAdditive(Branch):
     """The tuned triplets beside a weight without the untuned ones."""
 
-    up_offset: Tensor
-    down_offset: Tensor
-
     def prepare(self) -> None:
         scaled = self.singular_up * (self.singular_values * self.method.scale)
         self.without(scaled, self.singular_down)
@@ -202,9 +182,6 @@ class SpectralAdditive(Branch):
 
 class SpectralRotational(Branch):
     """The turned triplets beside a weight without them; Cayley's rotation by an inverse."""
-
-    rotation_up: Tensor
-    rotation_down: Tensor
 
     def prepare(self) -> None:
         self.without(self.singular_up * self.singular_values, self.singular_down)

@@ -28,17 +28,24 @@ Group = list[dict[str, Any]]
 PEAK = "peak MiB ours/other/frozen"
 
 # Who is shown beside ours, in this order, where anybody ran it.
-OTHERS = (PEFT, PEFT_WIDE, ACCELERATED, PEFT_COMPILED, FORMULA, OURS_COMPILED)
+OTHERS = {
+    PEFT: "PEFT",
+    PEFT_WIDE: "PEFT fp32",
+    ACCELERATED: "accelerate()",
+    PEFT_COMPILED: "PEFT compiled",
+    FORMULA: "formula",
+    OURS_COMPILED: "ours compiled",
+}
 RIVALS = (PEFT, FORMULA)  # the one beside ours where there is room for one
 
 TIME_WORDS = (
     "Time of forward + backward over the frozen nn.Linear's in the same round: the median, and the "
     "range of the processes' medians where there are several. [q1, q3]: quartiles over the rounds. "
     "control: an identical second frozen layer. best other: ours by the fastest other "
-    "implementation. PEFT: its layer with adapters of our dtype; accelerate(): the same on our "
-    "operator; formula: the method as its paper's code computes it, for methods that PEFT lacks. "
-    "path: what ours was seen to take. PEFT computes the norm of DoRA in every step, and drops x "
-    "in its base product too."
+    "implementation. PEFT: its layer with adapters of our dtype; PEFT fp32: with its default of "
+    "float32; accelerate(): PEFT's layer on our operator; formula: the method as its paper's code "
+    "has it, where PEFT lacks it. path: what ours was seen to take. PEFT computes DoRA's norm in "
+    "every step and drops x in its base product too, also where the row's ours does not."
 )
 WORK_WORDS = (
     "Peak: bytes allocated at once during forward + backward, output and gradients included. "
@@ -73,7 +80,7 @@ def _time(groups: list[Group], phase: str) -> tuple[tuple[str, ...], list[tuple[
     impls = any(best_impl(group, phase) for group in groups)
     header = (
         "method", "M x K x N", "dtype", OURS, "[q1, q3]", *(["best other"] if impls else []),
-        *shown, CONTROL, "ms frozen", "path",
+        *(OTHERS[name] for name in shown), CONTROL, "ms frozen", "path",
     )  # fmt: skip
     lines = []
     for group in groups:
@@ -114,13 +121,13 @@ def _work(groups: list[Group]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def _absent(groups: list[Group]) -> list[tuple[str, str, str]]:
     """Others than implementations that a method lacks though they were asked for."""
-    found = {}
+    found: dict[tuple[str, str, str], None] = {}
     for group in groups:
         row = group[0]
         for name, why in row["left_out"].items():
             lacks = rival(group) is None or name not in (PEFT, FORMULA)
             if name in OTHERS and lacks:
-                found[name, row["label"], why] = None
+                found[OTHERS[name], row["label"], why] = None
     return list(found)
 
 
@@ -202,8 +209,8 @@ def progress(row: dict[str, Any]) -> str:
     """One line on a row that is done."""
     group = [row]
     label, shape, dtype = _which(group)
-    shown = [OURS, *(name for name in OTHERS if name in row["contenders"])]
-    ratios = ", ".join(f"{name} {ratio_text(group, name)}" for name in shown)
+    shown = {OURS: OURS} | {n: word for n, word in OTHERS.items() if n in row["contenders"]}
+    ratios = ", ".join(f"{word} {ratio_text(group, name)}" for name, word in shown.items())
     return f"{label}  {shape} {dtype}: {ratios}  ({row['seconds']:.1f} s)"
 
 
@@ -297,7 +304,7 @@ def picture_of(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
         axis.invert_yaxis()
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.set_title(f"{shape}, {SHORT[dtype]}", fontsize=9)
-        axis.set_xlabel("% over the frozen nn.Linear, forward + backward", fontsize=8)
+        axis.set_xlabel("% over the frozen nn.Linear", fontsize=8)
         axis.legend(fontsize=7)
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()

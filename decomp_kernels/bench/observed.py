@@ -39,7 +39,7 @@ class Observed:
             if not name.startswith(_FOLDERS):
                 continue
             for function in _FUNCTIONS:
-                body = vars(module).get(function)
+                body: Any = vars(module).get(function)
                 made = isinstance(body, functools.partial)  # of another module's function
                 if made or getattr(body, "__module__", None) == name:
                     self._replaced.append((module, function, body))
@@ -108,15 +108,20 @@ class Compiled(nn.Module):
 
     As one graph where that can be; else with the breaks that the compiler found.  ``graphs`` goes
     up with each graph that is made, so that a later look shows whether it was compiled anew, and
-    stays 0 where the module ran as it is.
+    stays 0 where the module ran as it is.  After eight compilations of one forward, of whatever
+    modules, PyTorch goes on without: ``forget`` before each row.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
         self.graphs = self.seen = self.breaks = 0  # seen: the graphs after ``prepare``
-        torch._dynamo.reset()  # eight recompilations of one forward, and it runs as it is
         self._run = torch.compile(module, backend=self._backend, fullgraph=True)
+
+    @staticmethod
+    def forget() -> None:
+        """Drop what was compiled, of every module: those that still run are compiled anew."""
+        torch._dynamo.reset()
 
     def _backend(self, graph: Any, inputs: Any, **kwargs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -137,7 +142,6 @@ class Compiled(nn.Module):
             contender.backward(contender.forward())
         except Unsupported:
             self.graphs = 0
-            torch._dynamo.reset()
             counters["graph_break"].clear()
             self._run = torch.compile(self.module, backend=self._backend)
             contender.backward(contender.forward())

@@ -27,6 +27,10 @@ from decomp_kernels.cli.tasks import Task
 LONGEST_GRADIENT = 1.0
 
 
+class Diverged(BadInput):
+    """The loss is infinite or no number."""
+
+
 @dataclass
 class History:
     """What happened so far, one entry a step."""
@@ -61,28 +65,36 @@ def train(
     lr: float,
     weight_decay: float,
     seed: int,
-    checkpoint_path: Path,
-    checkpoint_every: int,
-    resume: bool,
+    checkpoint_path: Path | None,
+    checkpoint_every: int = 1,
+    resume: bool = False,
+    shown: bool = True,
 ) -> History:
-    """Train what requires grad, from the checkpoint where there is one and ``resume`` is set."""
+    """Train what requires grad, from the checkpoint where there is one and ``resume`` is set.
+
+    checkpoint_path None: nothing is written, and a stopped run is lost.  shown: a progress bar.
+    """
     tqdm = need("tqdm", "train").tqdm
     groups = dk.param_groups(model, lr, weight_decay=weight_decay)
     optimizer = torch.optim.AdamW(groups)
     highest = [group["lr"] for group in optimizer.param_groups]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     history = History()
-    if resume and checkpoint_path.exists():
+    if resume and checkpoint_path is not None and checkpoint_path.exists():
         history = _go_on(model, optimizer, companion, checkpoint_path, steps)
 
     def save() -> None:
+        if checkpoint_path is None:
+            return
         tensors = checkpoint.training_state(model, optimizer)
         tensors |= {f"companion/{name}": t for name, t in companion.state().items()}
         facts = {"losses": history.losses, "seconds": history.seconds}
         checkpoint.write(checkpoint_path, tensors, facts)
 
     start = len(history.losses)
-    bar = tqdm(total=steps, initial=start, desc=label, unit="step", dynamic_ncols=True)
+    bar = tqdm(
+        total=steps, initial=start, desc=label, unit="step", dynamic_ncols=True, disable=not shown
+    )  # fmt: skip
     with bar, _signals() as asked:
         for step in range(start, steps):
             began = time.perf_counter()
@@ -102,7 +114,7 @@ def train(
             )
             bar.update()
             if not math.isfinite(history.losses[-1]):
-                raise BadInput(
+                raise Diverged(
                     f"{label}: the loss is {history.losses[-1]} at step {step + 1}; lower --lr"
                 )
             if asked or (step + 1) % checkpoint_every == 0 or step + 1 == steps:

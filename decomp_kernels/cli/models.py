@@ -19,8 +19,17 @@ class Pretrained(NamedTuple):
     name: str
 
 
-def load(name: str | None, task: str, dtype: torch.dtype, device: torch.device) -> Pretrained:
-    """The model in evaluation mode, every parameter frozen.  None is the built-in encoder."""
+def load(
+    name: str | None,
+    task: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    labels: int | None = None,
+) -> Pretrained:
+    """The model in evaluation mode, every parameter frozen.  None is the built-in encoder.
+
+    labels: outputs of the head that classifies whole texts; None for a model without one.
+    """
     transformers = need("transformers", "train")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -31,8 +40,12 @@ def load(name: str | None, task: str, dtype: torch.dtype, device: torch.device) 
         auto = transformers.AutoModel
         if task == "language":
             auto = transformers.AutoModelForCausalLM
+        more: dict[str, Any] = {}
+        if labels is not None:
+            auto = transformers.AutoModelForSequenceClassification
+            more = {"num_labels": labels}
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-        model = auto.from_pretrained(source, dtype=dtype, local_files_only=local)
+        model = auto.from_pretrained(source, dtype=dtype, local_files_only=local, **more)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise BadInput(f"cannot load the model {name or BUILT_IN}: {one_line(error)}") from None
     if tokenizer.pad_token is None:

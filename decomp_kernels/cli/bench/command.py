@@ -2,9 +2,9 @@
 
 import argparse
 
-from decomp_kernels.cli.bench import layer, model, table
+from decomp_kernels.cli.bench import layer, model, quality, scale, table
 
-SUITES = (layer, model, table)
+SUITES = (layer, model, scale, quality, table)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,30 +1,36 @@
-"""``bench layer``: every method on one nn.Linear."""
+"""``bench layer``: every method on one nn.Linear, beside PEFT's and the published formulas."""
 
 import argparse
+import json
 import multiprocessing
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from decomp_kernels import dispatch
 from decomp_kernels.bench import layer_tables, layers, record
 from decomp_kernels.bench.shapes import positive, shape
-from decomp_kernels.bench.tables import headline
+from decomp_kernels.bench.tables import headline, texts
 from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
 from decomp_kernels.cli.errors import BadInput
 
 SHAPES = [(512, 1024, 1024), (512, 2048, 2048)]
 QUICK = [(64, 256, 256)]
+SUITE = "layer"
 
 
 def add(suites: Any) -> None:
     parser = suites.add_parser(
-        "layer",
-        help="every method on one nn.Linear, next to PEFT",
+        SUITE,
+        help="every method on one nn.Linear, beside PEFT's and the published formulas",
         description="Overhead of each method over the frozen nn.Linear, forward + backward, in "
-        "one interleaved run with an identical second frozen layer as control, next to PEFT's "
-        "layer of the same method; peak memory, and bytes saved for backward.",
+        "one interleaved run with an identical second frozen layer as control: ours by every "
+        "implementation, PEFT's layer with adapters of the same dtype, of its default float32, "
+        "after accelerate() and compiled, and the formulas of methods that PEFT lacks; peak "
+        "memory, bytes saved for backward, FLOPs and bytes, and the path that each took.",
     )
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="default: the whole registry")
     parser.add_argument(
@@ -36,15 +42,42 @@ def add(suites: Any) -> None:
     )
     parser.add_argument("--rank", type=positive, default=16)
     parser.add_argument(
-        "--processes", type=positive, default=1,
-        help="measure all in so many fresh processes, one after another: ratios move with a "
-        "process and its heap, and the table then shows their range",
+        "--dropout", nargs="+", type=float, metavar="P",
+        help="every method that has dropout with each of these (default: none, and the variants "
+        "of LoRA and DoRA)",
     )  # fmt: skip
-    parser.add_argument("--bias", action="store_true", help="layers with a bias")
+    parser.add_argument(
+        "--adapter-dtype", nargs="+", choices=layers.ADAPTER_DTYPES,
+        help="base: the layer's own; every method with each of these (default: base, and the "
+        "variants of LoRA and DoRA)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bias", nargs="*", choices=("no", "yes"), default=["no"],
+        help="layers with a bias; --bias no yes: both (default: no)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--impls", nargs="+", default=["all"], metavar="NAME",
+        help="implementations of ours beside what auto takes: all that can run, auto for none, or "
+        f"names ({', '.join(dispatch.IMPLS[1:])}; default: all but reference)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="ours and PEFT's under torch.compile too: 10 to 30 seconds more a row",
+    )  # fmt: skip
     parser.add_argument("--no-peer", action="store_true", help="leave out PEFT and the formulas")
     parser.add_argument(
         "--cold", action="store_true",
         help="time with flushed caches too; on a GPU these times are always there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=positive, default=1,
+        help="measure all in so many fresh processes, one after another: ratios move with a "
+        "process and its heap, and the table then shows their range",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="keep the rows that --output has already, of the same protocol and machine, and "
+        "measure the others; it is written after each row",
     )  # fmt: skip
     add_protocol(parser, rounds=25, quick_rounds=5)
     parser.set_defaults(run=run)
@@ -52,32 +85,116 @@ def add(suites: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     shapes = args.shape or (QUICK if args.quick else SHAPES)
+    biases = [word == "yes" for word in args.bias or ["yes"]]
     try:
-        todo = list(layers.rows(args.methods, shapes, args.dtype, args.rank, args.bias))
+        todo = list(
+            layers.rows(
+                args.methods, shapes, args.dtype, args.rank, biases, args.dropout,
+                args.adapter_dtype,
+            )
+        )  # fmt: skip
     except ValueError as error:
         raise BadInput(str(error)) from None
     protocol = protocol_of(args) | {
         "processes": args.processes,
         "rank": args.rank,
         "peer": not args.no_peer,
+        "impls": _impls(args),
+        "compile": args.compile,
         "cold": args.cold,
     }
-    measured: list[dict[str, Any]] = []
+    done = _earlier(args, protocol)
+    known = {_identity(row) for row in done}
+    commit = record.commit()
     for process in range(args.processes):
-        results = _here(todo, protocol) if args.processes == 1 else _apart(todo, protocol)
+        left = [row for row in todo if (process, *_key(row)) not in known]
+        results = _here(left, protocol) if args.processes == 1 else _apart(left, protocol)
         for number, row in enumerate(results, start=1):
-            measured.append(row | {"process": process})
-            _progress(process, args.processes, number, len(todo), row)
-    content = record.document("layer", protocol, measured)
+            done.append(row | {"process": process, "commit": commit})
+            which = f"process {process + 1}/{args.processes}, " if args.processes > 1 else ""
+            line = f"{which}{number}/{len(left)}  {layer_tables.progress(row)}"
+            print(line, file=sys.stderr, flush=True)
+            if args.output is not None:
+                record.write(args.output, record.document(SUITE, protocol, done))
+    content = record.document(SUITE, protocol, done)
     print(headline(content))
-    print(layer_tables.table(measured))
+    print()
+    print(texts(layer_tables.tables(content)))
     if args.output is not None:
         record.write(args.output, content)
         print(f"written: {args.output}")
     if args.picture is not None:
-        layer_tables.picture(measured, args.picture, headline(content))
+        layer_tables.picture(content, args.picture)
         print(f"written: {args.picture}")
     return 0
+
+
+def _impls(args: argparse.Namespace) -> list[str]:
+    """The implementations asked for; one that is named must run on this machine."""
+    if args.impls == ["auto"]:
+        return []
+    if args.impls == ["all"]:
+        return list(dispatch.CANDIDATES)
+    for impl in args.impls:
+        if impl == "auto" or impl not in dispatch.IMPLS:
+            raise BadInput(
+                f"--impls must be all, auto or names of {', '.join(dispatch.IMPLS[1:])}, "
+                f"got {' '.join(args.impls)}"
+            )
+        tensors = [
+            torch.empty(0, dtype=layers.DTYPES[dtype], device=args.device) for dtype in args.dtype
+        ]
+        reasons = [dispatch.why_not(tensor, impl) for tensor in tensors]
+        if all(reasons):
+            raise BadInput(
+                f"--impls {impl} cannot run here: {reasons[0]}; leave it out, or say --impls all "
+                "for those that can"
+            )
+    return list(args.impls)
+
+
+def _earlier(args: argparse.Namespace, protocol: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows that --resume keeps."""
+    if not args.resume:
+        return []
+    if args.output is None:
+        raise BadInput("--resume needs --output FILE.json: the file whose rows are kept")
+    path: Path = args.output
+    if not path.exists():
+        return []
+    try:
+        content = record.read(path)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    cpu = content["machine"]["cpu"], record.machine()["cpu"]
+    if content["suite"] != SUITE:
+        raise BadInput(f"--resume needs a file of bench {SUITE}, and {path} is {content['suite']}")
+    if cpu[0] != cpu[1]:
+        raise BadInput(
+            f"--resume needs the same machine: {path} is of {cpu[0]}, this one is {cpu[1]}; name "
+            "another --output"
+        )
+    now = json.loads(json.dumps(protocol))
+    names = {*now, *content["protocol"]}
+    other = sorted(name for name in names if now.get(name) != content["protocol"].get(name))
+    if other:
+        raise BadInput(
+            f"--resume needs the same protocol: {path} has "
+            + ", ".join(f"{name} {content['protocol'].get(name)}" for name in other)
+            + ", asked for is "
+            + ", ".join(f"{name} {now.get(name)}" for name in other)
+            + "; give the same options, or name another --output"
+        )
+    rows: list[dict[str, Any]] = content["rows"]
+    return rows
+
+
+def _key(row: layers.Row) -> tuple[Any, ...]:
+    return layer_tables.key({**vars(row), "label": row.label})
+
+
+def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["process"], *layer_tables.key(row)
 
 
 def _here(todo: list[layers.Row], protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -101,17 +218,8 @@ def _measure(work: tuple[layers.Row, dict[str, Any]]) -> dict[str, Any]:
         seed=protocol["seed"],
         device=torch.device(protocol["device"]),
         clock=clock_of(protocol),
-        peer=protocol["peer"],
+        impls=protocol["impls"],
+        others=protocol["peer"],
+        compile_too=protocol["compile"],
         cold=protocol["cold"],
-    )
-
-
-def _progress(process: int, processes: int, number: int, total: int, row: dict[str, Any]) -> None:
-    which = f"process {process + 1}/{processes}, " if processes > 1 else ""
-    label, shape, dtype, ours, _, theirs = layer_tables.cells([row])[:6]
-    print(
-        f"{which}{number}/{total}  {label}  {shape} {dtype}: ours {ours}, peer {theirs}  "
-        f"({row['seconds']:.1f} s)",
-        file=sys.stderr,
-        flush=True,
     )

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 
 from decomp_kernels.bench import engine, record
-from decomp_kernels.bench.shapes import positive
+from decomp_kernels.bench.shapes import not_negative, positive
 from decomp_kernels.cli.errors import BadInput
 
 
-def add_protocol(parser: argparse.ArgumentParser, rounds: int, quick_rounds: int) -> None:
+def add_protocol(
+    parser: argparse.ArgumentParser, rounds: int, quick_rounds: int, optional: bool = False
+) -> None:
+    """optional: --rounds 0 leaves the timing out."""
     parser.add_argument(
-        "--rounds", type=positive, help=f"default: {rounds}, with --quick {quick_rounds}"
+        "--rounds",
+        type=not_negative if optional else positive,
+        help=f"default: {rounds}, with --quick {quick_rounds}",
     )
     parser.add_argument("--threads", type=positive, help="default: PyTorch's own choice")
     parser.add_argument(
@@ -51,7 +56,7 @@ def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     return {
-        "rounds": args.rounds or args.default_rounds[args.quick],
+        "rounds": args.default_rounds[args.quick] if args.rounds is None else args.rounds,
         "warmup": 3,
         "threads": torch.get_num_threads(),
         "clock": args.clock,

@@ -1,0 +1,295 @@
+"""The scale suite: one size grows, the others stay, and each point is an interleaved run.
+
+A point is one method on a stack of adapted linears, forward + backward.  Its contenders: the frozen
+stack, an identical second one (the control), ours, and PEFT's layers, or the written-out formula of
+what PEFT lacks.  The axes: M tokens, N out, K in, r the rank, layers of a stack of square
+linears, and ranks, processes that reduce the adapter's gradients (bench/ranks.py).
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decomp_kernels.bench import engine, memory, peers
+from decomp_kernels.bench.engine import CONTROL, FROZEN
+from decomp_kernels.explanation import explain
+from decomp_kernels.linear import DecomposedLinear
+from decomp_kernels.methods import methods
+from decomp_kernels.methods.base import Method
+
+OURS, PEFT, FORMULA = "ours", "PEFT", "formula"
+AXES = ("M", "N", "K", "r", "layers", "ranks")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Sizes = Mapping[str, Sequence[int]]
+
+CPU_SIZES: Sizes = {  # a minute an axis of three methods on two cores
+    "M": (64, 128, 256, 512, 1024, 2048),
+    "N": (128, 256, 512, 1024, 2048, 4096),
+    "K": (128, 256, 512, 1024, 2048, 4096),
+    "r": (4, 8, 16, 32, 64, 128),
+    "layers": (1, 2, 4, 8),
+    "ranks": (1, 2, 3, 4),
+}
+QUICK_SIZES: Sizes = {
+    "M": (32, 64, 128), "N": (64, 128, 256), "K": (64, 128, 256), "r": (2, 4, 8),
+    "layers": (1, 2, 3), "ranks": (1, 2),
+}  # fmt: skip
+GPU_SIZES: Sizes = {
+    "M": (512, 1024, 2048, 4096, 8192, 16384),
+    "N": (1024, 2048, 4096, 8192, 16384),
+    "K": (1024, 2048, 4096, 8192, 16384),
+    "r": (8, 16, 32, 64, 128, 256),
+    "layers": (1, 2, 4, 8, 16),
+    "ranks": (1, 2, 4, 8),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement: ``axis`` is what grows in its series, and ``size`` how far it is here."""
+
+    method: str
+    axis: str
+    size: int
+    shape: tuple[int, int, int]  # M tokens (of one process), K in, N out
+    r: int
+    layers: int
+    ranks: int
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, {self.axis} = {self.size}"
+
+    def make(self) -> Method:
+        """The method with this point's rank and alpha = 2 r, where it has them."""
+        cls = methods()[self.method]
+        known = {field.name for field in fields(cls)}
+        wanted = {"r": self.r, "alpha": 2.0 * self.r, "target_r": max(1, self.r // 2)}
+        return cls(**{name: value for name, value in wanted.items() if name in known})
+
+
+def points(
+    names: Iterable[str],
+    axes: Iterable[str],
+    sizes: Sizes,
+    *,
+    shape: tuple[int, int, int],
+    r: int,
+    layers: int,
+    dtype: str,
+) -> Iterator[Point]:
+    """Every point, axis by axis and size by size; a method without a rank has none on axis r.
+
+    shape, r: what the axes that do not grow are.  layers: how many each process has on the axis
+    ranks.  The stacks of the last two axes are of square linears, K x K.
+    """
+    names, (M, K, N) = list(names), shape
+    registry = methods()
+    for name in names:
+        if name not in registry:
+            raise ValueError(f"method must be one of {', '.join(registry)}, got {name!r}")
+    for axis in axes:
+        for size in sizes[axis]:
+            for name in names:
+                point = Point(name, axis, size, shape, r, 1, 1, dtype)
+                if axis == "r":
+                    if any(field.name == "r" for field in fields(registry[name])):
+                        yield replace(point, r=size)
+                elif axis == "layers":
+                    yield replace(point, shape=(M, K, K), layers=size)
+                elif axis == "ranks":
+                    yield replace(point, shape=(M, K, K), layers=layers, ranks=size)
+                else:
+                    grown = {"M": (size, K, N), "K": (M, size, N), "N": (M, K, size)}[axis]
+                    yield replace(point, shape=grown)
+
+
+def check(point: Point) -> None:
+    """ValueError where the method does not fit the sizes; nothing is allocated."""
+    _, K, N = point.shape
+    linear = nn.Linear(K, N, bias=False, device="meta", dtype=DTYPES[point.dtype])
+    try:
+        DecomposedLinear(linear, point.make())
+    except ValueError as error:
+        raise ValueError(f"{point.label}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A contender as a model, before it becomes a step."""
+
+    name: str
+    module: nn.Module
+    path: str
+
+
+def run(
+    point: Point,
+    *,
+    rounds: int,
+    warmup: int,
+    seed: int,
+    device: torch.device,
+    clock: engine.Clock | None = None,
+    peer: bool = True,
+) -> dict[str, Any]:
+    """Measure a point of one process, as the results file has it.
+
+    clock: the device's wall clock where it is None.
+    """
+    started = time.monotonic()
+    stacks, x, dy = build(point, seed=seed, device=device, peer=peer)
+    contenders = [engine.layer(stack.name, stack.module, x, dy, stack.path) for stack in stacks]
+    paths = {
+        stack.name: observed_path(contender) if stack.name == OURS else stack.path
+        for stack, contender in zip(stacks, contenders, strict=True)
+    }
+    clock = engine.device_clock(device) if clock is None else clock
+    samples = engine.measure(contenders, rounds, warmup=warmup, seed=seed, clock=clock)
+    measured = {}
+    for stack, contender in zip(stacks, contenders, strict=True):
+        measured[stack.name] = {
+            "path": paths[stack.name],
+            "ratio": {
+                phase: samples.ratio(stack.name, phase)._asdict()
+                for phase in sorted(samples.ns[stack.name])
+            },
+            "ns": samples.ns[stack.name],
+            **sizes_of(stack, contender, device),
+        }
+    return row_of(point, stacks, measured, started)
+
+
+def row_of(
+    point: Point, stacks: list[Stack], measured: dict[str, Any], started: float
+) -> dict[str, Any]:
+    """The row of a results file; work: FLOPs and bytes of a step, counted and not measured."""
+    return asdict(point) | {
+        "label": point.label,
+        "work": work(point, stacks),
+        "contenders": measured,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def sizes_of(stack: Stack, contender: engine.Contender, device: torch.device) -> dict[str, int]:
+    """Bytes at the peak of a step and kept for its backward, and how many elements are trained."""
+    kept = [*stack.module.parameters(), *stack.module.buffers()]
+    return {
+        "peak_bytes": memory.peak_bytes(contender, device),
+        "saved_bytes": memory.saved_bytes(contender, kept),
+        "trainable": sum(p.numel() for p in stack.module.parameters() if p.requires_grad),
+    }
+
+
+def build(
+    point: Point, *, seed: int, device: torch.device, peer: bool = True, data_seed: int = 0
+) -> tuple[list[Stack], Tensor, Tensor]:
+    """The contenders of a point, each on its own copy of the same random weights; x and dy.
+
+    Trained tensors are away from their start, so that no operand is zero.  data_seed: another one
+    on each process gives each its own x and dy on the same weights.
+    """
+    M, K, N = point.shape
+    dtype = DTYPES[point.dtype]
+    torch.manual_seed(seed)
+    weights = [torch.randn(N, K, device=device).div_(K**0.5).to(dtype) for _ in range(point.layers)]
+
+    def linears() -> list[nn.Linear]:
+        made = []
+        for weight in weights:
+            linear = nn.Linear(K, N, bias=False, device="meta", dtype=dtype)
+            linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+            made.append(linear)
+        return made
+
+    method = point.make()
+    made = [
+        Stack(FROZEN, _stack(linears()), "nn.Linear"),
+        Stack(CONTROL, _stack(linears()), "nn.Linear"),
+        Stack(OURS, _stack([DecomposedLinear(one, method, dtype=dtype) for one in linears()]), ""),
+    ]
+    theirs = [peers.peer(method, one, dtype) for one in linears()] if peer else []
+    if theirs and theirs[0] is not None:
+        modules = [found[0] for found in theirs if found is not None]
+        path = theirs[0][1]
+        name = PEFT if path.startswith("peft") else FORMULA
+        made.append(Stack(name, _stack(modules), path))
+    for stack in made:
+        _leave_the_start(stack.module)
+    torch.manual_seed(seed + 1 + data_seed)
+    x, dy = (torch.randn(M, size, device=device).to(dtype) for size in (K, N))
+    return made, x, dy
+
+
+def _stack(modules: Sequence[nn.Module]) -> nn.Module:
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
+
+
+@torch.no_grad()
+def _leave_the_start(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+
+
+def observed_path(contender: engine.Contender) -> str:
+    """Which implementations one step calls, and how often; it is run once for that."""
+    with calls() as found:
+        contender.reset()
+        contender.backward(contender.forward())
+    contender.reset()
+    if not found:
+        return "no call of the operator"
+    return ", ".join(f"{impl} {way} x {n}" for (impl, way), n in sorted(found.items()))
+
+
+@contextmanager
+def calls() -> Iterator[Counter[tuple[str, str]]]:
+    """(implementation, direction) of every eager call of the operator while it lasts."""
+    operator: Any = import_module("decomp_kernels.ops.decomposed_linear")
+    chosen = operator._implementation
+    forms = {f"decomp_kernels.kernels.{file}": form for form, file in operator._FILES.items()}
+    forms |= {operator.reference.__name__: "reference", operator.aten.__name__: "aten"}
+    found: Counter[tuple[str, str]] = Counter()
+
+    def noted(x, weight, impl, asked):
+        module, weight = chosen(x, weight, impl, asked)
+        found[forms[module.__name__], asked().direction] += 1
+        return module, weight
+
+    operator._implementation = noted
+    try:
+        yield found
+    finally:
+        operator._implementation = chosen
+
+
+def work(point: Point, stacks: Iterable[Stack]) -> dict[str, dict[str, float]]:
+    """FLOPs and bytes of a step, of the frozen stack and of ours, as the roofline counts them."""
+    M, K, N = point.shape
+    element = DTYPES[point.dtype].itemsize
+    counted = {
+        FROZEN: {
+            "flops": 4.0 * M * N * K * point.layers,
+            "bytes": 2.0 * element * (M * K + N * K + M * N) * point.layers,
+        }
+    }
+    for stack in stacks:
+        if stack.name == OURS:
+            layer = next(m for m in stack.module.modules() if isinstance(m, DecomposedLinear))
+            explained = explain(layer, M)
+            ways = [way for way in (explained.forward, explained.backward) if way is not None]
+            counted[OURS] = {
+                "flops": point.layers * sum(way.flops for way in ways),
+                "bytes": point.layers * sum(way.bytes for way in ways),
+            }
+    return counted
