@@ -60,6 +60,7 @@ check: $(DEV_READY)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	PYTHONPATH=. $(PY) scripts/generate_docs.py --check
+	PYTHONPATH=. $(PY) scripts/generate_tables.py --check
 	rm -rf build/lib* build/bdist* dist decomp_kernels.egg-info && mkdir dist
 	$(PY) -m build --no-isolation --outdir dist . > dist/build.log 2>&1 || { cat dist/build.log; exit 1; }
 	$(PY) scripts/check_dist.py dist
@@ -113,6 +114,7 @@ gpu-check:
 
 docs: $(DEV_READY)
 	PYTHONPATH=. $(PY) scripts/generate_docs.py
+	PYTHONPATH=. $(PY) scripts/generate_tables.py
 
 clean:
 	rm -rf build dist runs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

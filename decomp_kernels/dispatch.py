@@ -241,8 +241,8 @@ def base_gemm_first(x: Tensor) -> bool:
 def plain_products_by_library(x: Tensor) -> bool:
     """Whether dt^T x with no mask, of operands of one dtype, is left to the library.
 
-    On a CPU the native library's is faster, by 4 to 91 % (docs/performance.md); on a GPU nobody has
-    measured.
+    On a CPU the native library's is faster (docs/performance.md, "Host kernels"); on a GPU nobody
+    has measured.
     """
     return x.device.type != "cpu"
 

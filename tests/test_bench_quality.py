@@ -13,7 +13,6 @@ import torch
 from decomp_kernels.bench import quality_tables, record
 from decomp_kernels.bench.engine import CONTROL, FROZEN
 from decomp_kernels.cli import glue, loop, quality
-from decomp_kernels.cli.datasets import Data
 from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.main import main
 from decomp_kernels.cli.quality_arms import ALL_SIX, METHODS, SCALED, arms
@@ -242,7 +241,8 @@ def test_reads_glues_own_files(name, tmp_path, capsys):
     for stem in ("train", task.dev[0]):
         (tmp_path / f"{stem}.tsv").write_text(FILES[name], encoding="utf-8")
     data = glue.read_glue(tmp_path, task)
-    assert data.train == data.held_out == READ[name]
+    assert data.held_out == READ[name]
+    assert sorted(data.train) == sorted(READ[name])
     assert ("1 of 2 rows lack a column" in capsys.readouterr().out) == (name == "qqp")
 
 
@@ -415,4 +415,3 @@ def test_one_seed_of_two_methods(tmp_path, capsys):
     losses = runs["lora r=8"]["losses"]
     assert len(losses) == found["protocol"]["steps"] and len(set(losses)) > 1
     assert shown.stat().st_size > 5000
-    assert isinstance(Data([], [], "").sha256, str)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from decomp_kernels.bench import engine, growth, ranks, scale_tables
+from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
 from decomp_kernels.bench.exponents import fit
-from decomp_kernels.bench.growth import OURS, PEFT, Point
+from decomp_kernels.bench.growth import Point
 from decomp_kernels.cli.main import main
 
 CPU = torch.device("cpu")
@@ -190,10 +191,10 @@ def test_what_lora_adds_to_the_peak_does_not_grow_with_the_weight():
 def test_the_path_is_what_ran(monkeypatch):
     monkeypatch.setenv("DECOMP_KERNELS_IMPL", "aten")
     stack = replace(POINT, layers=3, shape=(16, 24, 24))
-    assert measured(stack)["contenders"][OURS]["path"] == "aten backward x 3, aten forward x 3"
+    assert measured(stack)["contenders"][OURS]["path"] == "aten x 3"
     monkeypatch.setenv("DECOMP_KERNELS_IMPL", "reference")
     found = measured(POINT)["contenders"]
-    assert found[OURS]["path"] == "reference backward x 1, reference forward x 1"
+    assert found[OURS]["path"] == "reference x 1"
 
 
 def test_peft_is_there_with_the_same_parameters():
@@ -202,6 +203,13 @@ def test_peft_is_there_with_the_same_parameters():
     assert set(found) == {FROZEN, CONTROL, OURS, PEFT}
     assert found[OURS]["trainable"] == found[PEFT]["trainable"] == 2 * RANK * 48
     assert set(found[OURS]["ratio"]) == set(found[OURS]["ns"]) == set(engine.PHASES)
+
+
+def test_the_formula_is_there_where_peft_has_no_such_method():
+    found = measured(replace(POINT, method="ssb"), peer=True)["contenders"]
+    assert set(found) == {FROZEN, CONTROL, OURS, FORMULA}
+    assert found[OURS]["trainable"] == found[FORMULA]["trainable"] == 24 + 32
+    assert found[FORMULA]["path"] == "written out"
 
 
 def test_no_trained_tensor_is_at_its_start():
@@ -245,7 +253,7 @@ def test_ranks_reduce_the_adapter_s_gradients_and_nothing_else(monkeypatch):
     trainable = 2 * RANK * 48
     assert found[OURS]["trainable"] == trainable
     assert found[OURS]["reduced_bytes"] == 4 * trainable
-    assert found[OURS]["path"] == "aten backward x 2, aten forward x 2; DDP, buckets: 1"
+    assert found[OURS]["path"] == "aten x 2; DDP, buckets: 1"
     assert found[ranks.ALONE]["reduced_bytes"] == found[FROZEN]["reduced_bytes"] == 0
     for contender in found.values():
         by_rank = contender["ns_by_rank"]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from decomp_kernels import dispatch
-from decomp_kernels.bench import engine, formulas, observed, peers
+from decomp_kernels.bench import engine, formulas, observed, peers, peers_gpu
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
 from decomp_kernels.interop.peft.accelerate import accelerate, fused_calls, peft_lines
 from decomp_kernels.linear import DecomposedLinear
@@ -79,6 +79,8 @@ class Contenders:
         if others:
             self._peft()
             self._formula()
+            for name in peers_gpu.NAMES if device.type == "cuda" else ():
+                self._on_gpu(name)
         if compile_too:
             observed.Compiled.forget()
             self._compiled(OURS_COMPILED, copy.deepcopy(self.ours))
@@ -165,6 +167,21 @@ class Contenders:
         adapter = self.ours.adapters["default"]
         made = formulas.of_adapter(self.linear(), adapter, self.adapter_dtype)
         self._add(FORMULA, made, lambda seen: _theirs("written out", seen))
+
+    def _on_gpu(self, name: str) -> None:
+        if why := peers_gpu.why_not(name, self.method, self._bias is not None):
+            self.left_out[name] = why
+            return
+        adapter = self.ours.adapters["default"]
+        try:
+            made = peers_gpu.layer(name, self.linear(), adapter, self.adapter_dtype)
+            apart = peers_gpu.difference(made, self.ours, self.x)
+            if apart > peers_gpu.SAME:
+                self.left_out[name] = f"it computes something else: {apart:.1%} from ours"
+                return
+            self._add(name, made, lambda seen: _theirs(peers_gpu.described(name, made), seen))
+        except Exception as error:  # another package's kernel must not lose the row
+            self.left_out[name] = f"it fails: {type(error).__name__}: {str(error)[:200]}"
 
     def _compiled(self, name: str, module: nn.Module) -> None:
         compiled = observed.Compiled(module)

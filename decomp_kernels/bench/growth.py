@@ -7,24 +7,22 @@ linears, and ranks, processes that reduce the adapter's gradients (bench/ranks.p
 """
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from decomp_kernels.bench import engine, memory, peers
+from decomp_kernels.bench import engine, formulas, memory, peers
+from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT, leave_the_start
 from decomp_kernels.bench.engine import CONTROL, FROZEN
+from decomp_kernels.bench.observed import OPERATOR, observe
 from decomp_kernels.explanation import explain
 from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import methods
 from decomp_kernels.methods.base import Method
 
-OURS, PEFT, FORMULA = "ours", "PEFT", "formula"
 AXES = ("M", "N", "K", "r", "layers", "ranks")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Sizes = Mapping[str, Sequence[int]]
@@ -124,11 +122,11 @@ def check(point: Point) -> None:
 
 @dataclass(frozen=True)
 class Stack:
-    """A contender as a model, before it becomes a step."""
+    """A contender as a model, before it becomes a step; path: what it is made of."""
 
     name: str
     module: nn.Module
-    path: str
+    path: str = ""
 
 
 def run(
@@ -147,17 +145,14 @@ def run(
     """
     started = time.monotonic()
     stacks, x, dy = build(point, seed=seed, device=device, peer=peer)
-    contenders = [engine.layer(stack.name, stack.module, x, dy, stack.path) for stack in stacks]
-    paths = {
-        stack.name: observed_path(contender) if stack.name == OURS else stack.path
-        for stack, contender in zip(stacks, contenders, strict=True)
-    }
+    contenders = [engine.layer(stack.name, stack.module, x, dy) for stack in stacks]
+    paths = [path_of(stack, each) for stack, each in zip(stacks, contenders, strict=True)]
     clock = engine.device_clock(device) if clock is None else clock
     samples = engine.measure(contenders, rounds, warmup=warmup, seed=seed, clock=clock)
     measured = {}
-    for stack, contender in zip(stacks, contenders, strict=True):
+    for stack, contender, path in zip(stacks, contenders, paths, strict=True):
         measured[stack.name] = {
-            "path": paths[stack.name],
+            "path": path,
             "ratio": {
                 phase: samples.ratio(stack.name, phase)._asdict()
                 for phase in sorted(samples.ns[stack.name])
@@ -212,19 +207,22 @@ def build(
         return made
 
     method = point.make()
+    ours = [DecomposedLinear(linear, method, dtype=dtype) for linear in linears()]
     made = [
         Stack(FROZEN, _stack(linears()), "nn.Linear"),
         Stack(CONTROL, _stack(linears()), "nn.Linear"),
-        Stack(OURS, _stack([DecomposedLinear(one, method, dtype=dtype) for one in linears()]), ""),
+        Stack(OURS, _stack(ours)),
     ]
-    theirs = [peers.peer(method, one, dtype) for one in linears()] if peer else []
-    if theirs and theirs[0] is not None:
-        modules = [found[0] for found in theirs if found is not None]
-        path = theirs[0][1]
-        name = PEFT if path.startswith("peft") else FORMULA
-        made.append(Stack(name, _stack(modules), path))
-    for stack in made:
-        _leave_the_start(stack.module)
+    leave_the_start(made[-1].module)
+    if peer and peers.why_not(method) is None:
+        layers = [peers.peft_layer(method, linear, dtype) for linear in linears()]
+        made.append(Stack(PEFT, _stack(layers), peers.described(layers[0])))
+        leave_the_start(made[-1].module)
+    elif peer and formulas.why_not(method) is None:
+        adapters = [layer.adapters["default"] for layer in ours]
+        pairs = zip(linears(), adapters, strict=True)
+        written = [formulas.of_adapter(linear, adapter, dtype) for linear, adapter in pairs]
+        made.append(Stack(FORMULA, _stack(written), "written out"))
     torch.manual_seed(seed + 1 + data_seed)
     x, dy = (torch.randn(M, size, device=device).to(dtype) for size in (K, N))
     return made, x, dy
@@ -234,43 +232,19 @@ def _stack(modules: Sequence[nn.Module]) -> nn.Module:
     return modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
-@torch.no_grad()
-def _leave_the_start(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+def path_of(stack: Stack, contender: engine.Contender) -> str:
+    """What a step of it was seen to call of our implementations, and how often: it is run for that.
 
-
-def observed_path(contender: engine.Contender) -> str:
-    """Which implementations one step calls, and how often; it is run once for that."""
-    with calls() as found:
-        contender.reset()
-        contender.backward(contender.forward())
-    contender.reset()
-    if not found:
-        return "no call of the operator"
-    return ", ".join(f"{impl} {way} x {n}" for (impl, way), n in sorted(found.items()))
-
-
-@contextmanager
-def calls() -> Iterator[Counter[tuple[str, str]]]:
-    """(implementation, direction) of every eager call of the operator while it lasts."""
-    operator: Any = import_module("decomp_kernels.ops.decomposed_linear")
-    chosen = operator._implementation
-    forms = {f"decomp_kernels.kernels.{file}": form for form, file in operator._FILES.items()}
-    forms |= {operator.reference.__name__: "reference", operator.aten.__name__: "aten"}
-    found: Counter[tuple[str, str]] = Counter()
-
-    def noted(x, weight, impl, asked):
-        module, weight = chosen(x, weight, impl, asked)
-        found[forms[module.__name__], asked().direction] += 1
-        return module, weight
-
-    operator._implementation = noted
-    try:
-        yield found
-    finally:
-        operator._implementation = chosen
+    Of a contender that is not ours, what it is made of, and any call of ours that it should not
+    have.
+    """
+    seen = observe(contender)
+    if not stack.path:
+        forwards = sum(
+            n for (op, way, _), n in seen.calls.items() if (op, way) == (OPERATOR, "forward")
+        )
+        return f"{seen.path()} x {forwards}" if forwards else "no call of the operator"
+    return f"{stack.path}, ours: {'; '.join(seen.lines())}" if seen.calls else stack.path
 
 
 def work(point: Point, stacks: Iterable[Stack]) -> dict[str, dict[str, float]]:

@@ -62,11 +62,12 @@ def tables(content: dict[str, Any], phase: str = "both") -> list[Table]:
 def tables_of(rows: Iterable[dict[str, Any]], phase: str = "both") -> list[Table]:
     """``tables`` of the rows of one or more results files."""
     groups = list(grouped(rows).values())
-    roofs = dict.fromkeys(group[0]["roof"]["what"] for group in groups)
-    found = [
-        Table(f"Layers: time, {phase}", *_time(groups, phase), TIME_WORDS),
-        Table("Layers: memory and work", *_work(groups), WORK_WORDS.format(roof="; ".join(roofs))),
-    ]
+    counted = [group for group in groups if "roof" in group[0]]  # not in files of the first form
+    roofs = dict.fromkeys(group[0]["roof"]["what"] for group in counted)
+    words = WORK_WORDS.format(roof="; ".join(roofs))
+    found = [Table(f"Layers: time, {phase}", *_time(groups, phase), TIME_WORDS)]
+    if counted:
+        found.append(Table("Layers: memory and work", *_work(counted), words))
     absent = _absent(groups)
     if absent:
         found.append(

@@ -152,7 +152,11 @@ def picture(content: dict[str, Any], path: Path) -> None:
     seen = dict.fromkeys(name for name in COLORS for _, other in bars if name == other)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[name]) for name in seen]
     figure.legend(
-        handles, [NAMES.get(name, name) for name in seen], loc="lower center", ncols=len(seen), fontsize=8
+        handles,
+        [NAMES.get(name, name) for name in seen],
+        loc="lower center",
+        ncols=len(seen),
+        fontsize=8,
     )
     figure.suptitle(headline(content), fontsize=8)
     figure.tight_layout(rect=(0.0, 0.4 / figure.get_figheight(), 1.0, 1.0))

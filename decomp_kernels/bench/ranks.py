@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from decomp_kernels.bench import engine, growth
+from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT
 from decomp_kernels.bench.engine import Contender, Samples
-from decomp_kernels.bench.growth import FORMULA, OURS, PEFT, Point
+from decomp_kernels.bench.growth import Point
 
 ALONE = "ours, not reduced"  # the same without DistributedDataParallel: what reducing costs
 
@@ -188,24 +188,21 @@ def _point(
         if stack.name in (OURS, PEFT, FORMULA):
             reduced[stack.name] = _reduced(stack.module, x, dy)
             stacks[index] = stack = replace(stack, module=_parallel(stack.module, device))
-        contender = engine.layer(stack.name, stack.module, x, dy, stack.path)
+        contender = engine.layer(stack.name, stack.module, x, dy)
         spent[stack.name] = []
         made.append(_together_at(contender, spent[stack.name]))
-    paths = {
-        stack.name: growth.observed_path(contender) if "ours" in stack.name else stack.path
-        for stack, contender in zip(stacks, made, strict=True)
-    }
+    paths = [growth.path_of(stack, each) for stack, each in zip(stacks, made, strict=True)]
     for times in spent.values():
         times.clear()
     clock = options["clock"] or engine.device_clock(device)
     samples = engine.measure(made, rounds, warmup=warmup, seed=seed, clock=clock)
     cpu_ns = {name: times[warmup:] for name, times in spent.items()}  # before the steps below
     measured = {}
-    for stack, contender in zip(stacks, made, strict=True):
+    for stack, contender, path in zip(stacks, made, paths, strict=True):
         by_ddp = reduced.get(stack.name, {})
         buckets = by_ddp.get("buckets", 0)
         measured[stack.name] = {
-            "path": paths[stack.name] + (f"; DDP, buckets: {buckets}" if by_ddp else ""),
+            "path": path + (f"; DDP, buckets: {buckets}" if by_ddp else ""),
             "ns": samples.ns[stack.name],
             "cpu_ns": cpu_ns[stack.name],
             "reduced_bytes": by_ddp.get("bytes", 0),
@@ -230,11 +227,15 @@ def _together_at(contender: Contender, spent: list[int]) -> Contender:
 
 
 def _parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
-    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
+    """Gradients are reduced; buffers, which never change here, are not sent before each step."""
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
 
 def _reduced(module: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> dict[str, int]:
     """Bytes that one step hands to the reduction and their buckets, as a hook sees them."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
     seen: list[int] = []
 
     def hook(group, bucket):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT
 from decomp_kernels.bench.engine import CONTROL, FROZEN, spread
 from decomp_kernels.bench.exponents import Fit, fit
-from decomp_kernels.bench.growth import FORMULA, OURS, PEFT
 from decomp_kernels.bench.ranks import ALONE
 from decomp_kernels.bench.tables import MIB, SHORT, Table
 

@@ -54,6 +54,12 @@ def headline(content: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def spread_text(spread: Sequence[float]) -> str:
+    """Median and quartiles: 1.06 [1.02, 1.09]."""
+    median, q1, q3 = spread
+    return f"{median:.2f} [{q1:.2f}, {q3:.2f}]"
+
+
 def counted(number: int, word: str) -> str:
     """1 thread, 2 threads."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"

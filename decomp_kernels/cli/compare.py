@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from decomp_kernels.bench import engine, memory
+from decomp_kernels.bench.train_tables import ACCELERATED
 from decomp_kernels.bench.twins import PEFT, method_of, peer_of, twin
 from decomp_kernels.cli.errors import need, one_line
 from decomp_kernels.cli.models import training_mode
@@ -23,8 +24,6 @@ from decomp_kernels.cli.tasks import Task
 from decomp_kernels.interop.peft.accelerate import accelerate, fused_calls
 from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods.base import Method
-
-ACCELERATED = "PEFT, accelerate()"
 
 
 @dataclass

@@ -11,7 +11,9 @@ Learning rates and epochs are those of arXiv:2407.05417, Table VI; its batch is 
 
 import csv
 import json
+import random
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from decomp_kernels.cli.datasets import Data
-from decomp_kernels.cli.errors import BadInput, need, one_line
+from decomp_kernels.cli.datasets import SPLIT_SEED, Data
+from decomp_kernels.cli.errors import BadInput, one_line
 from decomp_kernels.cli.tasks import Scores, by_length, pad
 
 ENTAILED = {"entailment": 0, "not_entailment": 1}
@@ -75,13 +77,17 @@ GLUE = {task.name: task for task in _TASKS}
 
 
 def read_glue(folder: Path, task: GlueTask) -> Data:
-    """Training and development rows: (text, label) or (text, text, label), the label as text."""
+    """Training rows in random order, and development rows: (text, label) or (text, text, label),
+    the label as text.
+    """
     if not folder.is_dir():
         raise BadInput(
             f"--data must be the folder with {task.name}'s files, found none at {folder}"
         )
     train, held_out = _find(folder, ("train",)), _find(folder, task.dev)
-    return Data(_rows(train, task), _rows(held_out, task), f"GLUE {task.name}")
+    rows = _rows(train, task)
+    rows = random.Random(SPLIT_SEED).sample(rows, len(rows))  # the first of them may validate
+    return Data(rows, _rows(held_out, task), f"GLUE {task.name}")
 
 
 class Glue:
@@ -243,7 +249,7 @@ def _rows(path: Path, task: GlueTask) -> list[tuple[str, ...]]:
 
 def _label(value: Any, task: GlueTask, where: str) -> str | None:
     """The label as a number in text; None where the row has none (-1, and MNLI's "-")."""
-    if value in task.words:
+    if isinstance(value, str) and value in task.words:
         return str(task.words[value])
     try:
         number = float(value)
@@ -282,9 +288,11 @@ def _jsonl(path: Path, task: GlueTask) -> Iterator[tuple[int, dict]]:
 
 def _parquet(path: Path, task: GlueTask) -> Iterator[tuple[int, dict]]:
     try:
-        frame = need("pandas", "interop").read_parquet(path)
-    except ImportError as error:
-        raise BadInput(f"{path} needs pandas with pyarrow: {one_line(error)}") from None
+        frame = import_module("pandas").read_parquet(path)
+    except ImportError:
+        raise BadInput(
+            f"{path} needs pandas and pyarrow: pip install pandas pyarrow, or give .jsonl"
+        ) from None
     yield from enumerate(frame.to_dict("records"), 1)
 
 

@@ -55,6 +55,7 @@ def load(
     tokenizer.padding_side = "right"
     tokenizer.model_max_length = int(1e9)  # texts are cut to --max-length, without its warnings
     model.config.use_cache = False
+    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder that classifies needs it
     model.requires_grad_(False)
     return Pretrained(model.eval().to(device), tokenizer, task, name or BUILT_IN)
 

@@ -1,6 +1,5 @@
 """What a job found: one table, its Markdown, metrics.json and the picture."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,11 +8,12 @@ from typing import Any
 
 import torch
 
-from decomp_kernels.bench import engine, record
-from decomp_kernels.bench.tables import counted
+from decomp_kernels.bench import record, train_tables
+from decomp_kernels.bench.tables import counted, spread_text
+from decomp_kernels.bench.train_tables import ACCELERATED
 from decomp_kernels.cli.checkpoint import write_bytes, write_json
 from decomp_kernels.cli.checks import Agreement
-from decomp_kernels.cli.compare import ACCELERATED, Compared
+from decomp_kernels.cli.compare import Compared
 from decomp_kernels.cli.datasets import Data
 from decomp_kernels.cli.loop import History
 from decomp_kernels.cli.options import TrainOptions
@@ -22,7 +22,6 @@ from decomp_kernels.cli.tasks import Scores, Task
 from decomp_kernels.cli.text import aligned
 
 FORMAT = "decomp_kernels.train/1"
-MIB = 2**20
 
 
 @dataclass
@@ -52,19 +51,9 @@ def write_all(
 ) -> None:
     """Print the table and write results.md, metrics.json and losses.png."""
     frozen = {name: scores.metric for name, scores in before.items()}
-    rows = table(task, frozen, trained, compared)
     notes = footnotes(options, trained, compared)
     machine, versions = record.machine(), record.versions()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else machine["cpu"]
-    headline = (
-        f"{model} on {data.name}; {where}, {counted(machine['threads'], 'thread')}, "
-        f"torch {versions['torch']}"
-    )
-    print(f"\n{headline}\n\n{aligned(rows, numbers=True)}\n")
-    for note in notes:
-        print(note)
-    text = "\n".join([headline, "", *markdown(rows), "", *(f"{note}  " for note in notes), ""])
-    write_bytes(output / "results.md", text.encode())
     content = record.document("train", options.as_json(), [])
     del content["rows"], content["protocol"]
     content |= {
@@ -79,46 +68,20 @@ def write_all(
         "methods": [asdict(result) for result in trained],
         "compared": [asdict(result) for result in compared],
     }  # fmt: skip
+    rows = train_tables.rows(content)
+    headline = (
+        f"{model} on {data.name}; {where}, {counted(machine['threads'], 'thread')}, "
+        f"torch {versions['torch']}"
+    )
+    print(f"\n{headline}\n\n{aligned(rows, numbers=True)}\n")
+    for note in notes:
+        print(note)
+    text = "\n".join([headline, "", *markdown(rows), "", *(f"{note}  " for note in notes), ""])
+    write_bytes(output / "results.md", text.encode())
     write_json(output / "metrics.json", content)
     picture = output / "losses.png"
     write_bytes(picture, draw(headline, task, frozen, trained))
     print(f"\nwritten: {output}/metrics.json, results.md, losses.png, adapters/")
-
-
-def table(
-    task: Task, frozen: dict[str, float], trained: list[Trained], compared: list[Compared]
-) -> list[list[str]]:
-    """Header and rows of text: the frozen model, and each method followed by its peer."""
-    header = ["method", "trainable"]
-    for name in frozen:
-        header.append(f"{name}: before → after [gain, 95 %]")
-    if not task.higher_is_better:
-        header.append("perplexity")
-    header += ["step, s", "× frozen", "× ours", "peak MiB"] if compared else []
-    empty = [""] * (len(header) - 2 - (4 if compared else 0))
-    costs = {(row.label, row.kind): row for row in compared}
-
-    def cost(label: str, kind: str) -> list[str]:
-        return _cost(costs[label, kind]) if compared else []
-
-    before = [f"{value:.3f}" for value in frozen.values()]
-    if not task.higher_is_better:
-        before.append(_perplexity(frozen["loss"]))
-    rows = [header, ["frozen model", "0", *before, *cost(engine.FROZEN, "frozen")]]
-    if compared:
-        rows.append(["the same again (control)", "0", *empty, *cost(engine.CONTROL, "frozen")])
-    for result in trained:
-        cells = [
-            _gain(frozen[name], result.after[name], gain) for name, gain in result.gains.items()
-        ]
-        if not task.higher_is_better:
-            change = (_perplexity(frozen["loss"]), _perplexity(result.after["loss"]))
-            cells.append(" → ".join(change))
-        rows.append([result.label, f"{result.trainable:,}", *cells, *cost(result.label, "ours")])
-        for row in compared:
-            if row.label == result.label and row.kind != "ours":
-                rows.append([f"  {row.kind}", f"{row.trainable:,}", *empty, *_cost(row)])
-    return rows
 
 
 def footnotes(options: TrainOptions, trained: list[Trained], compared: list[Compared]) -> list[str]:
@@ -160,7 +123,7 @@ def _of_accelerated(rows: list[Compared]) -> list[str]:
     """What ``accelerate`` changes for a model of PEFT's, and that it did."""
     if not rows:
         return []
-    times = ", ".join(f"{r.label} {_spread(r.over_peft)}" for r in rows if r.over_peft)
+    times = ", ".join(f"{r.label} {spread_text(r.over_peft)}" for r in rows if r.over_peft)
     fused, calls = (sum(r.fused[i] for r in rows if r.fused) for i in (0, 1))
     words = "accelerate(): PEFT's own model after decomp_kernels.accelerate(model); its time over"
     ran = f"{fused:,} of {calls:,} calls of its layers ran on the operator"
@@ -171,29 +134,3 @@ def markdown(rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---|" + "---:|" * (len(rows[0]) - 1))
     return lines
-
-
-def _gain(before: float, after: float, gain: tuple[float, float, float]) -> str:
-    return f"{before:.3f} → {after:.3f} [{gain[1]:+.3f}, {gain[2]:+.3f}]"
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.2f}" if loss < 20 else f"e^{loss:.1f}"
-
-
-def _cost(row: Compared) -> list[str]:
-    ratio = ""
-    if row.label != engine.FROZEN:
-        ratio = _spread(row.over_frozen)
-    ours = "" if row.over_ours is None else _spread(row.over_ours)
-    peak = row.peak_bytes / MIB
-    return [
-        f"{row.seconds.median:.3f}",
-        ratio,
-        ours,
-        f"{peak:.0f}" if peak >= 10 else f"{peak:.2f}",
-    ]
-
-
-def _spread(ratio: engine.Spread) -> str:
-    return f"{ratio.median:.2f} [{ratio.q1:.2f}, {ratio.q3:.2f}]"

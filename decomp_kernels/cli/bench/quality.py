@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from decomp_kernels.bench import quality_tables, record
+from decomp_kernels.bench.engine import CONTROL, FROZEN
 from decomp_kernels.bench.shapes import not_negative, positive
 from decomp_kernels.bench.tables import headline
 from decomp_kernels.cli import models, quality, quality_arms
 from decomp_kernels.cli import options as defaults
 from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
 from decomp_kernels.cli.datasets import Data, gather
-from decomp_kernels.cli.errors import BadInput
+from decomp_kernels.cli.errors import BadInput, need
 from decomp_kernels.cli.glue import GLUE, Glue, heads_of, read_glue
 from decomp_kernels.cli.quality_arms import ALL_SIX, METHODS, SCALED, Arm
 from decomp_kernels.cli.retrieval import Retrieval
@@ -92,6 +93,8 @@ def add(suites: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
+    if args.picture is not None:
+        need("matplotlib", "train")  # now, not after the training
     measuring = protocol_of(args)
     earlier = _earlier(args)
     setting, described, rate_of = _setting(args, torch.device(args.device))
@@ -272,10 +275,15 @@ def _identity(row: dict[str, Any]) -> Any:
 
 
 def _has_cost(row: dict[str, Any] | None, arms: list[Arm], protocol: dict[str, Any]) -> bool:
-    return (
-        row is not None
-        and {arm.key for arm in arms} <= row["contenders"].keys()
-        and all(row[name] == protocol[name] for name in ("rounds", "threads", "clock"))
+    """Whether the timing is there: of these arms in this way, or of more than these."""
+    keys = {arm.key for arm in arms}
+    known = row["contenders"].keys() - {FROZEN, CONTROL} if row is not None else set()
+    return row is not None and (
+        keys < known
+        or (
+            keys == known
+            and all(row[name] == protocol[name] for name in ("rounds", "threads", "clock"))
+        )
     )
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from decomp_kernels.bench import growth, ranks, record, scale_tables
+from decomp_kernels.bench.contenders import OURS
 from decomp_kernels.bench.engine import FROZEN
-from decomp_kernels.bench.growth import AXES, OURS, Point
+from decomp_kernels.bench.growth import AXES, Point
 from decomp_kernels.bench.shapes import positive, shape
-from decomp_kernels.bench.tables import headline
+from decomp_kernels.bench.tables import headline, texts
 from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
 from decomp_kernels.cli.errors import BadInput, CheckFailed
 
@@ -79,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
         _progress(len(measured), len(todo), row, time.monotonic() - started)
     content = record.document("scale", protocol, measured)
     print(headline(content))
-    for table in scale_tables.tables(content):
-        print(f"\n{table.title}. {table.words}\n\n{table.markdown()}")
+    print(f"\n{texts(scale_tables.tables(content))}")
     if args.output is not None:
         record.write(args.output, content)
         print(f"written: {args.output}")

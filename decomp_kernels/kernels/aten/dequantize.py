@@ -1,8 +1,8 @@
 """Quantised weights to dense ones by look-up and product (maths: reference/dequantize.py).
 
 In blocks that stay in cache, each rounded as it is stored.  The table has both levels of a byte as
-one complex number, so that a byte is one look-up of eight bytes: index_select of such a table is
-3.5 times as fast as one of pairs (one thread of an AVX-512 server CPU, torch 2.13).
+one complex number, so that a byte is one look-up of eight bytes: index_select of pairs copies
+row by row.
 """
 
 import torch
