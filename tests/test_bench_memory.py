@@ -57,7 +57,7 @@ def test_what_autograd_lets_go_before_backward_is_not_saved():
 
     peak, saved = of(scaled)
     assert saved == 4 * M * K  # relu's output
-    assert peak > 2 * saved
+    assert peak > saved
 
 
 def test_dropout_saves_its_mask():
