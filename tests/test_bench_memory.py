@@ -50,6 +50,16 @@ def test_relu_saves_its_output():
     assert of(torch.relu) == (4 * 2 * M * K, 4 * M * K)
 
 
+def test_what_autograd_lets_go_before_backward_is_not_saved():
+    def scaled(x):
+        x.square().exp()  # nothing holds it, and its graph is gone at once
+        return torch.relu(x)
+
+    peak, saved = of(scaled)
+    assert saved == 4 * M * K  # relu's output
+    assert peak > saved
+
+
 def test_dropout_saves_its_mask():
     peak, saved = of(lambda x: F.dropout(x, 0.5))
     assert saved >= M * K  # a byte an element, or the scaled mask in x's dtype

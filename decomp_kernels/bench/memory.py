@@ -33,7 +33,7 @@ def saved_bytes(contender: Contender, excluded: Iterable[Tensor]) -> int:
     kept: WeakSet[_Kept] = WeakSet()  # those whose node a later detach let go are gone from it
 
     def pack(tensor: Tensor) -> _Kept:
-        saved = _Kept(tensor)
+        saved = _Kept(tensor.detach())  # an output holds on to its own node, which holds this
         kept.add(saved)
         return saved
 
