@@ -221,8 +221,8 @@ def test_gpu_check_in_its_dry_form(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "gpu-check: all stages done" in done.stdout
     kernels, tuned, bench = (
-        json.loads((tmp_path / f"{stage}.json").read_text())["rows"]
-        for stage in ("kernels", "tune", "bench")
+        json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        for name in ("kernels", "tune", "layer")
     )
     tests = {path.name for path in (ROOT / "tests").glob("test_triton*.py")}
     assert {Path(entry["name"]).name for entry in kernels} >= tests
@@ -235,6 +235,7 @@ def test_gpu_check_in_its_dry_form(tmp_path):
     for entry in bench:
         beside = "formula" if entry["method"] == "ssb" else "PEFT"
         assert {"frozen", "control", "ours", beside} <= set(entry["contenders"])
+        assert {"both", "cold both"} <= set(entry["contenders"]["ours"]["ratio"])
     again = subprocess.run(
         [sys.executable, "benchmarks/gpu_check.py", "--dry", "--output", str(tmp_path)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
