@@ -4,10 +4,10 @@
                racecheck
     extension  the native library: its tests on the device, the sanitizer, its GEMM beside cuBLAS
     tune       tiles and implementations, into tables beside the results
-    bench      the suite of decomp-kernels bench layer, into layer.json: our implementations beside
-               the frozen linear, PEFT, and axolotl's and unsloth's functions where they can be
-               imported; warm and cold caches, eager and, under 100 microseconds, replayed from a
-               CUDA graph
+    bench      the suites of decomp-kernels bench layer and bench model, into layer.json and
+               model.json: our implementations beside the frozen linear, PEFT, and axolotl's
+               and unsloth's functions where they can be imported; warm and cold caches, eager
+               and, under 100 microseconds, replayed from a CUDA graph
 
 Each stage writes its own JSON under benchmarks/results/<gpu>/ as it goes, and leaves out what is
 there already: a run that was cut off goes on where it stopped (--again starts over).  Plain, all
@@ -30,7 +30,7 @@ from gpu_extension import extension
 from gpu_rows import PYTEST, ROOT, SERIAL, Rows, run
 
 from decomp_kernels import dispatch
-from decomp_kernels.bench import layers, record, tune
+from decomp_kernels.bench import decoder, layers, record, tune
 
 TESTS = sorted(
     path.relative_to(ROOT)
@@ -43,7 +43,7 @@ REDUCED_MINUTES = {"kernels": 3.0, "extension": 2.0, "tune": 1.5, "bench": 2.5}
 
 BENCH_TOKENS, BENCH_RANKS = (1, 16, 512, 2048, 8192), (16, 64, 384)
 BENCH_METHODS = ("lora", "dora", "ssb")
-FILES = {"bench": ("layer.json",)}  # stages that do not write <stage>.json alone
+FILES = {"bench": ("layer.json", "model.json")}  # stages that do not write <stage>.json alone
 
 
 def main() -> int:
@@ -121,7 +121,7 @@ def tuned(args: argparse.Namespace, device: torch.device, path: Path, until: flo
 
 
 def bench(args: argparse.Namespace, device: torch.device, path: Path, until: float) -> bool:
-    """The layer suite, by the functions of decomp-kernels bench layer."""
+    """The layer suite and the model suite, each into its file: the whole of one, then the other."""
     rounds = {"rounds": 1, "warmup": 1} if args.dry else {"rounds": 15, "warmup": 4}
     given: dict[str, Any] = {**rounds, "seed": 0, "device": device}
     impls = tuple(impl for impl in dispatch.CANDIDATES if not args.dry or impl == tune.LIBRARY)
@@ -134,7 +134,18 @@ def bench(args: argparse.Namespace, device: torch.device, path: Path, until: flo
          partial(layer, row))
         for row in _layer_rows(args)
     ]  # fmt: skip
-    return _suite(Rows(path, "layer", args), layer_rows, until)
+    model_rows = [
+        (f"{row.label} {row.size} checkpointing {row.checkpointing}", partial(
+            decoder.run, row, **given, backend="inductor" if args.full else None))
+        for row in _model_rows(args)
+    ]  # fmt: skip
+    now = time.monotonic()
+    shares = {"layer": (layer_rows, now + (until - now) * 2 / 3), "model": (model_rows, until)}
+    done = [
+        _suite(Rows(path.with_name(f"{suite}.json"), suite, args), todo, end)
+        for suite, (todo, end) in shares.items()
+    ]
+    return all(done)
 
 
 def _suite(rows: Rows, todo: list[tuple[str, Callable[[], dict[str, Any]]]], until: float) -> bool:
@@ -156,6 +167,19 @@ def _suite(rows: Rows, todo: list[tuple[str, Callable[[], dict[str, Any]]]], unt
             f"{name}: " + "  ".join(f"{n} {ratio:.3f}" for n, ratio in ratios.items()), flush=True
         )
     return all("error" not in row for row in rows.all) and bool(rows.all)
+
+
+def _model_rows(args: argparse.Namespace) -> list[decoder.Row]:
+    if args.dry:
+        size = decoder.Size(16, 1, 2, 1, 32, 32, batch=1, sequence=8)
+    else:  # the blocks of Llama 3 8B, few of them, and a vocabulary that does not hide them
+        size = decoder.Size(4096, 8 if args.full else 2, 32, 8, 14336, 32768, 1, 2048)
+    kinds = decoder.CHECKPOINTING if args.full or args.dry else ("none",)
+    return list(
+        decoder.rows(
+            BENCH_METHODS, size, ["bfloat16"], rank=4 if args.dry else 16, checkpointing=kinds
+        )
+    )
 
 
 def _layer_rows(args: argparse.Namespace) -> list[layers.Row]:

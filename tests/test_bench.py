@@ -235,6 +235,17 @@ def test_an_observed_step_says_what_it_called(monkeypatch):
     assert vars(sys.modules[before.__module__])["forward"] is before
 
 
+def test_compiled_contenders_are_compiled_once(monkeypatch):
+    """Preparing one must not make the other one's compiled code be forgotten."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
+    (row,) = list(layers.rows(["lora"], [(8, 16, 24)], ["float32"], 4))[:1]
+    found = layers.run(row, rounds=1, warmup=1, seed=0, device=CPU, compile_too=True)
+    paths = {name: entry["path"] for name, entry in found["contenders"].items()}
+    assert paths[contenders.PEFT_COMPILED] == "compiled: 1 graph, 0 breaks"
+    assert paths[contenders.OURS_COMPILED] == f"compiled: 1 graph, 0 breaks, {paths['ours']}"
+
+
 def test_what_peft_refuses_is_left_out_with_its_reason():
     pytest.importorskip("peft")
     row = layers.Row("sparse", (), (8, 16, 24), "float32", "float32")  # by density: not PEFT's

@@ -6,6 +6,7 @@ import json
 import random
 import statistics
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_metrics_by_hand():
 
 
 FILES = {
-    "cola": "gj04\t1\t\tThe n1.\ngj04\t0\t*\tn2 the \"n3.\n",
+    "cola": "gj04\t1\t\tThe n1.\ngj04\t0\t*\t\"n2 the n3.\n",
     "sst2": "sentence\tlabel\nn1 n2\t1\nn3\t0\n",
     "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t7\t8\tn1\tn2\n0\t7\t8\tn3\tn4\n",
     "qnli": "index\tquestion\tsentence\tlabel\n0\tn1\tn2\tnot_entailment\n1\tn3\tn4\tentailment\n",
@@ -225,7 +226,7 @@ FILES = {
     "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n1\t2\t3\tn1\tn2\t1\n4\t5\tn3\n",
 }  # fmt: skip
 READ = {
-    "cola": [("The n1.", "1"), ('n2 the "n3.', "0")],
+    "cola": [("The n1.", "1"), ('"n2 the n3.', "0")],
     "sst2": [("n1 n2", "1"), ("n3", "0")],
     "mrpc": [("n1", "n2", "1"), ("n3", "n4", "0")],
     "qnli": [("n1", "n2", "1"), ("n3", "n4", "0")],
@@ -278,6 +279,35 @@ def test_says_what_is_wrong_with_glues_files(tmp_path):
         glue.read_glue(tmp_path, task)
 
 
+def test_a_seed_draws_the_heads_start_and_the_base_stays():
+    from transformers import BertForSequenceClassification
+
+    base = BertForSequenceClassification(bert().config).requires_grad_(False)
+    heads = glue.heads_of(base)
+    assert heads == ("classifier",)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    task: Any = None  # no row is looked at
+    setting = quality.Setting(base, task, None, heads, 20, 4, 0.1, False, torch.device("cpu"))
+    lora, flora = arms(base, ["lora", "flora"], [2], 20, heads)
+
+    def start(arm, seed):
+        model = setting.model(arm, seed)
+        (weight,) = [  # a classifier's copy, or the classifier itself
+            p
+            for n, p in model.named_parameters()
+            if p.requires_grad and "classifier" in n and p.dim() == 2
+        ]
+        return weight
+
+    assert torch.equal(start(lora, 0), start(flora, 0))
+    assert torch.equal(start(lora, 0), start(None, 0))
+    assert not torch.equal(start(lora, 0), start(lora, 1))
+    with torch.no_grad():
+        start(None, 0).add_(1.0)
+        start(lora, 0).add_(1.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
 def test_learns_a_glue_task(encoder, rte, tmp_path, capsys):
     """The frozen random model with a trained head cannot tell the classes as well as LoRA does."""
     output = tmp_path / "rte.json"
@@ -293,6 +323,7 @@ def test_learns_a_glue_task(encoder, rte, tmp_path, capsys):
     for row in found["rows"]:
         if row["kind"] == "run":
             reached.setdefault(row["key"], []).append(row["scores"]["accuracy"])
+    print(reached)
     assert min(reached["lora r=4"]) > 0.9
     assert len(reached["frozen"]) == 2
     (cost,) = [row for row in found["rows"] if row["kind"] == "cost"]

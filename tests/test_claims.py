@@ -24,17 +24,15 @@ EXEMPT = {
     "docs/performance.md": {"What was tried", "On a GPU: what to expect, nothing measured"},
 }
 # A number, and the words beside which it claims a speed or a memory.
-SPEED = r"\b(faster|slower|speeds?|speed-?ups?|overhead|cheaper|costs?|longer|frozen|takes?)\b"
+SPEED = r"\b(faster|slower|speeds?|speed-?ups?|overhead|cheaper|costs?|longer|frozen|takes? \d)"
+NEEDS = r"(takes?|took|costs?|needs?|saves?|adds?|in|is)"
+SECONDS = r"(ms|µs|us|microseconds|milliseconds|seconds|minutes)"
 CLAIMS = [
     (r"\d\s?(%|percent\b)", rf"{SPEED}|\b(peak|memory|of (the|its|PEFT's) (time|step))\b"),
     (r"\d\s?(×|x as\b|times\b|-fold\b)", rf"{SPEED}|\b(fast|slow|memory|peak|time|PEFT)\b"),
-    (
-        r"\b(takes?|took|costs?|needs?|saves?|adds?|in|is)( about| some| only| just)? \d[\d.]*\s?"
-        r"(ms|µs|us|microseconds|milliseconds|seconds|minutes)\b",
-        r"",
-    ),
+    (rf"\b{NEEDS}( about| some| only| just)? \d[\d.]*\s?{SECONDS}\b", r""),
     (r"\d\s?([KMG]i?B)\b", r"\b(peak|PEFT'?s?|less|more)\b"),
-    (r"(?<![\w.^-])\d\.\d\d?(?![\w.])", r"\b(faster|slower|PEFT'?s?|frozen|peak)\b"),
+    (r"(?<![\w.^-])(?!0\.0)\d\.\d\d?(?![\w.])", r"\b(faster|slower|PEFT'?s?|frozen|peak)\b"),
 ]
 NO_CLAIM = re.compile(  # versions, and the width of an interval
     r"\bPEFT( of| before)? 0\.[12]\d[\d.]*( (and|to|or) 0\.[12]\d[\d.]*)*"

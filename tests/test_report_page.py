@@ -196,6 +196,14 @@ def test_a_line_names_its_own_command():
     ]  # fmt: skip
 
 
+def test_files_stand_by_suite_and_the_whole_one_before_others():
+    names = ["b/layer-others.json", "b/layer.json", "a.json"]
+    shown = [page.Shown(name, content(rows=[row()])) for name in names[:2]]
+    shown.append(page.Shown(names[2], content("of the future")))
+    text = page.page(shown)
+    assert re.findall(r"<small>(\S+?\.json)</small></li>", text) == [names[1], names[0], names[2]]
+
+
 # --- what a user gains ------------------------------------------------------------------------
 
 

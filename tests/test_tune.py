@@ -220,9 +220,9 @@ def test_gpu_check_in_its_dry_form(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "gpu-check: all stages done" in done.stdout
-    kernels, tuned, bench = (
+    kernels, tuned, bench, model = (
         json.loads((tmp_path / f"{name}.json").read_text())["rows"]
-        for name in ("kernels", "tune", "layer")
+        for name in ("kernels", "tune", "layer", "model")
     )
     tests = {path.name for path in (ROOT / "tests").glob("test_triton*.py")}
     assert {Path(entry["name"]).name for entry in kernels} >= tests
@@ -236,6 +236,12 @@ def test_gpu_check_in_its_dry_form(tmp_path):
         beside = "formula" if entry["method"] == "ssb" else "PEFT"
         assert {"frozen", "control", "ours", beside} <= set(entry["contenders"])
         assert {"both", "cold both"} <= set(entry["contenders"]["ours"]["ratio"])
+    assert {(entry["method"], entry["checkpointing"]) for entry in model} == {
+        (method, kind) for method in ("lora", "dora", "ssb") for kind in ("none", "block")
+    }
+    for entry in model:
+        beside = "formula" if entry["method"] == "ssb" else "PEFT"
+        assert {"frozen", "control", "ours", beside} <= set(entry["contenders"])
     again = subprocess.run(
         [sys.executable, "benchmarks/gpu_check.py", "--dry", "--output", str(tmp_path)],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,

@@ -9,43 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from decomp_kernels.bench import formulas, peers
+from decomp_kernels.bench.contenders import leave_the_start
 from decomp_kernels.bench.trainee import Trainee, causal
 from decomp_kernels.linear import Decomposed, adapted_layers
 from decomp_kernels.methods.base import Method
 from decomp_kernels.peft_form import ADAPTER, PeftTensor
 
-MOVED = 0.02  # standard deviation of what is added to each trained tensor
-
 # How far a contender's loss and gradients may be from ours, relative: (loss, all gradients as one
 # vector).  They differ by the order of sums, and in 16 bits by where each of them rounds.
-TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (1e-2, 0.1), "float16": (1e-2, 0.1)}
-
-# Where the formulas of others have our tensors, laid out as theirs.
-FORMULA_TENSORS = {
-    "ssb": {"out_scale": PeftTensor("row", "column"), "in_scale": PeftTensor("col", "row")},
-}
+TOLERANCE = {"float32": (1e-5, 1e-3), "bfloat16": (1e-2, 0.05), "float16": (1e-2, 0.05)}
 
 
 @torch.no_grad()
-def leave_the_start(model: nn.Module, dtype: torch.dtype) -> None:
-    """Add noise to what is trained, to values that ``dtype`` can hold."""
+def move(model: nn.Module, dtype: torch.dtype) -> None:
+    """Take what is trained away from its start, to values that ``dtype`` has exactly.
+
+    A peer may hold in that dtype what we hold in float32, and then starts from the same values.
+    """
+    leave_the_start(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            moved = parameter + MOVED * torch.randn_like(parameter)
-            parameter.copy_(moved.to(dtype))
+            parameter.copy_(parameter.to(dtype))
 
 
-def tensors_of(method: Method) -> dict[str, PeftTensor]:
-    """Our tensors -> the peer's; empty where they cannot be compared."""
-    if method.name in FORMULA_TENSORS:
-        return FORMULA_TENSORS[method.name]
-    return method.peft_form.tensors if method.peft_form is not None else {}
+def kinds_of(method: Method, adapter: nn.Module) -> dict[str, tuple[PeftTensor, list[str]]]:
+    """{path in the peer's layer: (its layout, the names of ours that are its parts)}.
 
-
-def kinds_of(method: Method) -> dict[str, tuple[PeftTensor, list[str]]]:
-    """{path in the peer's layer: (its layout, the names of ours that are its parts)}."""
+    A formula has our names.  Empty where PEFT has the method and its tensors are not ours.
+    """
+    named = {name: PeftTensor(name) for name, _ in adapter.named_parameters()}
+    if formulas.why_not(method) is not None and method.name in peers.CONFIGS:
+        named = {} if method.peft_form is None else method.peft_form.tensors
     kinds: dict[str, tuple[PeftTensor, list[str]]] = {}
-    for name, tensor in tensors_of(method).items():
+    for name, tensor in named.items():
         kinds.setdefault(tensor.path, (tensor, []))[1].append(name)
     return kinds
 
@@ -66,13 +63,17 @@ def _theirs(layer: nn.Module, path: str) -> Tensor | None:
 
 @torch.no_grad()
 def copy_adapters(ours: nn.Module, method: Method, peer: nn.Module) -> None:
-    """Give the peer the values of our adapters."""
+    """Give PEFT's model the values of our adapters."""
     for path, layer in adapted_layers(ours).items():
-        for kind, (form, names) in kinds_of(method).items():
+        for kind, (form, names) in kinds_of(method, layer.adapters["default"]).items():
             theirs = _theirs(causal(peer).get_submodule(path), kind)
             parts = _ours(layer, names)
             if theirs is not None and parts:
                 theirs.copy_(form.theirs(torch.cat(parts)))
+
+
+class Disagreement(RuntimeError):
+    """Two models that are to be compared do not compute the same."""
 
 
 def agree(trainees: list[Trainee], method: Method, dtype: str) -> dict[str, dict[str, Any]]:
@@ -81,10 +82,12 @@ def agree(trainees: list[Trainee], method: Method, dtype: str) -> dict[str, dict
     gradient_error is |theirs - ours| / |ours|, the largest over x and the kinds of tensors, each as
     one vector over all layers.  With dropout the models are compared in evaluation, for each draws
     its own masks; the compiled ones, which would be compiled anew for that, are then not.  Raises
-    RuntimeError where one is further from ours than TOLERANCE[dtype] allows.
+    Disagreement where one is further from ours than TOLERANCE[dtype] allows.
     """
     has_dropout = bool(getattr(method, "dropout", 0.0))
     ours = next(trainee for trainee in trainees if isinstance(trainee.first_layer, Decomposed))
+    first: Any = ours.first_layer
+    kinds = kinds_of(method, first.adapters["default"])
     found: dict[str, dict[str, Any]] = {}
     expected: dict[str, Tensor] = {}
     for trainee in [ours, *(trainee for trainee in trainees if trainee is not ours)]:
@@ -98,9 +101,9 @@ def agree(trainees: list[Trainee], method: Method, dtype: str) -> dict[str, dict
         trainee.model.train()
         error = None
         if trainee is ours:
-            expected = _gradients(trainee, method)
+            expected = _gradients(trainee, kinds)
         elif trainee.trained:
-            got = _gradients(trainee, method)
+            got = _gradients(trainee, kinds)
             error = max(_distance(got.get(kind), gradient) for kind, gradient in expected.items())
             _check(trainee.name, loss.item(), found[ours.name]["loss"], error, dtype)
         found[trainee.name] = {"loss": loss.item(), "gradient_error": error}
@@ -111,21 +114,20 @@ def agree(trainees: list[Trainee], method: Method, dtype: str) -> dict[str, dict
 def _check(name: str, loss: float, ours: float, error: float, dtype: str) -> None:
     of_loss, of_gradients = TOLERANCE[dtype]
     if not (abs(loss - ours) <= of_loss * abs(ours) and error <= of_gradients):
-        raise RuntimeError(
+        raise Disagreement(
             f"{name} must compute what ours does to be compared with it: its loss is {loss:.6g} "
             f"and ours {ours:.6g}, which may differ by {of_loss:g} of it in {dtype}; its gradients "
             f"differ by {error:.2g} of ours, which may be {of_gradients:g}"
         )
 
 
-def _gradients(trainee: Trainee, method: Method) -> dict[str, Tensor]:
+def _gradients(
+    trainee: Trainee, kinds: dict[str, tuple[PeftTensor, list[str]]]
+) -> dict[str, Tensor]:
     """{"x" or a kind of tensor: its gradients in all layers, as one vector}, laid out as theirs."""
     found: dict[str, list[Tensor | None]] = {"x": [trainee.x.grad]}
     for layer in trainee.layers.values():
-        if isinstance(layer, Decomposed) and not tensors_of(method):  # nobody to compare with
-            for name, parameter in layer.adapters.named_parameters():
-                found.setdefault(name, []).append(parameter.grad)
-        for kind, (form, names) in kinds_of(method).items():
+        for kind, (form, names) in kinds.items():
             if isinstance(layer, Decomposed):
                 parts = [part.grad for part in _ours(layer, names) if part.grad is not None]
                 gradient = form.theirs(torch.cat(parts)) if parts else None

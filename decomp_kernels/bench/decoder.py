@@ -15,26 +15,36 @@ else is no contender.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
 
-from decomp_kernels.bench import engine
-from decomp_kernels.bench.agreement import agree, copy_adapters, leave_the_start, tensors_of
+from decomp_kernels.bench import engine, formulas
+from decomp_kernels.bench.agreement import agree, copy_adapters, kinds_of, move
 from decomp_kernels.bench.compiled import fresh_compiler
+from decomp_kernels.bench.contenders import (
+    ACCELERATED,
+    FORMULA,
+    OURS,
+    OURS_COMPILED,
+    PEFT,
+    PEFT_COMPILED,
+)
 from decomp_kernels.bench.engine import CONTROL, FROZEN
-from decomp_kernels.bench.layers import DTYPES, OURS, PEER
-from decomp_kernels.bench.trainee import ACCELERATED, Trainee, causal
-from decomp_kernels.bench.twins import PEFT, peer_of, sibling, twin
+from decomp_kernels.bench.layers import AS_BASE, DTYPES
+from decomp_kernels.bench.trainee import Trainee, causal
+from decomp_kernels.bench.twins import peer_of, sibling, twin, with_formulas
 from decomp_kernels.interop.peft.accelerate import accelerate
 from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods import methods
 from decomp_kernels.methods.base import Method
 from decomp_kernels.model import adapt
 
-OURS_COMPILED, PEER_COMPILED = "ours, compiled", "peer, compiled"
+FORMULA_COMPILED = "formula, compiled"
+COMPILED = {OURS: OURS_COMPILED, PEFT: PEFT_COMPILED, FORMULA: FORMULA_COMPILED}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CHECKPOINTING = ("none", "block")
 
@@ -102,30 +112,43 @@ def rows(
     dtypes: Sequence[str],
     *,
     rank: int,
-    dropout: float = 0.0,
+    dropouts: Sequence[float] = (0.0,),
     checkpointing: Sequence[str] = CHECKPOINTING,
-    adapter_dtypes: Sequence[str] = ("base",),
+    adapter_dtypes: Sequence[str] = (AS_BASE,),
     targets: Sequence[str] = TARGETS,
 ) -> Iterator[Row]:
-    """Every row asked for.  adapter_dtypes: "base", or "float32" on a 16-bit model.
+    """Every row asked for; methods without dropout once.
 
-    Raises ValueError for a method that is not in the registry, and for options it does not take.
+    adapter_dtypes: of layers.ADAPTER_DTYPES; on a float32 model they are one.  Raises ValueError
+    for a method that is not in the registry, and for options or sizes that it does not take.
     """
     registry = methods()
     for name in names:
         if name not in registry:
             raise ValueError(f"method must be one of {', '.join(registry)}, got {name!r}")
-        registry[name](**_options(registry[name], rank, dropout))
+    adapters = {
+        dtype: dict.fromkeys(dtype if kind == AS_BASE else kind for kind in adapter_dtypes)
+        for dtype in dtypes
+    }
     for dtype in dtypes:
-        wanted = {dtype if adapter == "base" else adapter for adapter in adapter_dtypes}
-        for adapter in sorted(wanted):
-            for kind in checkpointing:
-                for name in names:
-                    options = _options(registry[name], rank, dropout)
-                    yield Row(
-                        name, tuple(sorted(options.items())), size, tuple(targets), dtype, adapter,
-                        kind,
-                    )  # fmt: skip
+        for adapter, kind, name in product(adapters[dtype], checkpointing, names):
+            known = {field.name for field in fields(registry[name])}
+            for dropout in dropouts if "dropout" in known else (0.0,):
+                chosen: dict[str, Any] = {
+                    "r": rank,
+                    "alpha": 2.0 * rank,
+                    "target_r": rank // 2 or 1,
+                }
+                if dropout:  # DoRA's as PEFT has it
+                    chosen |= {"dropout": dropout, "dropout_mode": "peft"}
+                options = tuple(sorted((k, v) for k, v in chosen.items() if k in known))
+                yield Row(name, options, size, tuple(targets), dtype, adapter, kind)
+
+
+def check(row: Row) -> None:
+    """Raise ValueError where the method takes no such options or fits no layer of this size."""
+    one_layer = replace(row, size=replace(row.size, layers=1))
+    adapt(base_model(one_layer, torch.device("meta")), row.make(), list(row.targets))
 
 
 def run(
@@ -141,20 +164,21 @@ def run(
     """Measure one row: times, ratios, memory and losses, as the results file has them.
 
     clock: the device's wall clock where it is None.  backend: of ``torch.compile``; None leaves its
-    contenders out.  Raises RuntimeError where two contenders do not compute the same.
+    contenders out.  Raises Disagreement where two contenders do not compute the same.
     """
     started = time.monotonic()
     clock = engine.device_clock(device) if clock is None else clock
     with ExitStack() as stack:
         if backend is not None:
             stack.enter_context(fresh_compiler())
-        trainees = build(row, seed=seed, device=device, backend=backend)
+        trainees, left_out = build(row, seed=seed, device=device, backend=backend)
         for trainee in trainees:
             trainee.observe()
         agreement = agree(trainees, row.make(), row.dtype)
         contenders = [trainee.contender() for trainee in trainees]
         samples = engine.measure(contenders, rounds, warmup=warmup, seed=seed, clock=clock)
         memories = [trainee.memory(device) for trainee in trainees]
+    peer = next((name for name in (PEFT, FORMULA) if name in samples.ns), None)
     measured = {}
     for trainee, memory_of in zip(trainees, memories, strict=True):
         name = trainee.name
@@ -166,56 +190,71 @@ def run(
             "tokens_per_second": _rate(row.size, samples.ns[name]["both"])._asdict(),
             "trainable": sum(p.numel() for p in trainee.trained),
         } | memory_of | agreement[name]  # fmt: skip
-        if PEER in samples.ns:
+        if peer is not None:
             measured[name]["over_peer"] = {
-                phase: samples.ratio(name, phase, against=PEER)._asdict() for phase in phases
+                phase: samples.ratio(name, phase, against=peer)._asdict() for phase in phases
             }
-    described = asdict(row) | {"label": row.label, "options": dict(row.options)}
-    described |= {"peer": next((t.whose for t in trainees if t.name == PEER), None)}
-    described |= {"parameters": sum(p.numel() for p in trainees[0].model.parameters())}
-    return described | {
+    return asdict(row) | {
+        "label": row.label,
+        "options": dict(row.options),
+        "parameters": sum(p.numel() for p in trainees[0].model.parameters()),
+        "peer": peer,
         "contenders": measured,
+        "left_out": left_out,
         "seconds": round(time.monotonic() - started, 2),
     }
 
 
 def build(
     row: Row, *, seed: int, device: torch.device, backend: str | None = None
-) -> list[Trainee]:
-    """The contenders of a row, in training mode."""
+) -> tuple[list[Trainee], dict[str, str]]:
+    """(the contenders of a row, in training mode; who is not among them, and why)."""
     torch.manual_seed(seed)
     base = base_model(row, device)
-    size, method = row.size, row.make()
-    tokens = torch.randint(size.vocab, (size.batch, size.sequence), device=device)
+    tokens = torch.randint(row.size.vocab, (row.size.batch, row.size.sequence), device=device)
     wide = row.adapter_dtype != row.dtype
-    ours = adapt(twin(base), method, list(row.targets), autocast_adapter_dtype=wide)
-    leave_the_start(ours, DTYPES[row.dtype])
-    layers = list(adapted_layers(ours))
-    models: dict[str, tuple[nn.Module, str]] = {
-        FROZEN: (twin(base), ""), CONTROL: (twin(base), ""), OURS: (ours, ""),
-    }  # fmt: skip
-    found = peer_of(base, method, layers, wide=wide) if tensors_of(method) else None
-    if found is not None:
-        peer, whose = found
-        copy_adapters(ours, method, peer)
-        models[PEER] = found
-        if whose == PEFT:
-            models[ACCELERATED] = accelerate(sibling(peer)), ""
+    ours = adapt(twin(base), row.make(), list(row.targets), autocast_adapter_dtype=wide)
+    move(ours, DTYPES[row.dtype])
+    models: dict[str, nn.Module] = {FROZEN: twin(base), CONTROL: twin(base), OURS: ours}
+    left_out = {}
+    try:
+        name, peer = _peer(row, base, ours)
+        models[name] = peer
+        if name == PEFT:
+            models[ACCELERATED] = accelerate(sibling(peer))
+    except ValueError as error:
+        left_out["peer"] = " ".join(str(error).split())
     if backend is not None:
-        models[OURS_COMPILED] = sibling(ours), ""
-        if found is not None:
-            models[PEER_COMPILED] = sibling(peer), ""
+        models |= {COMPILED[name]: sibling(models[name]) for name in COMPILED if name in models}
     made = []
-    for name, (model, whose) in models.items():
+    for name, model in models.items():
         model.train()
         if row.checkpointing == "block":  # after PEFT's wrapper, which would put a hook on x
             checkpoint_layers(model)
-        trainee = Trainee(name, model, tokens, layers, whose)
-        if name in (OURS_COMPILED, PEER_COMPILED):
-            assert backend is not None
-            trainee.compile(backend)
-        made.append(trainee)
-    return made
+        made.append(Trainee(name, model, tokens, list(adapted_layers(ours))))
+        if backend is not None and name in COMPILED.values():
+            made[-1].compile(backend)
+    return made, left_out
+
+
+def _peer(row: Row, base: nn.Module, ours: nn.Module) -> tuple[str, nn.Module]:
+    """(PEFT or FORMULA, its model with the values of our adapters); ValueError where none is."""
+    method, layers = row.make(), adapted_layers(ours)
+    if formulas.why_not(method) is None:
+        dtype = DTYPES[row.adapter_dtype]
+
+        def make(path: str, linear: nn.Linear) -> nn.Module:
+            return formulas.of_adapter(linear, layers[path].adapters["default"], dtype)
+
+        return FORMULA, with_formulas(base, layers, make)
+    if not kinds_of(method, next(iter(layers.values())).adapters["default"]):
+        raise ValueError(f"PEFT has {method.name} in tensors that cannot be given our values")
+    wide = row.adapter_dtype != row.dtype
+    found = peer_of(base, method, list(layers), wide=wide)
+    if found is None:
+        raise ValueError(f"nobody else has {method.name}, or PEFT is not installed")
+    copy_adapters(ours, method, found[0])
+    return PEFT, found[0]
 
 
 def checkpoint_layers(model: nn.Module) -> None:
@@ -250,12 +289,3 @@ def base_model(row: Row, device: torch.device) -> nn.Module:
 def _rate(size: Size, ns: list[int]) -> engine.Spread:
     """Tokens per second, from the nanoseconds of each round's step."""
     return engine.spread([1e9 * size.batch * size.sequence / each for each in ns])
-
-
-def _options(cls: type[Method], rank: int, dropout: float) -> dict[str, Any]:
-    """r, alpha = 2 r and dropout where the method has them; DoRA's dropout is then PEFT's."""
-    known = {field.name for field in fields(cls)}
-    chosen: dict[str, Any] = {"r": rank, "alpha": 2.0 * rank, "target_r": max(1, rank // 2)}
-    if dropout:
-        chosen |= {"dropout": dropout, "dropout_mode": "peft"}
-    return {name: value for name, value in chosen.items() if name in known}

@@ -48,9 +48,7 @@ class Shown(NamedTuple):
 
 def page(files: Sequence[Shown]) -> str:
     """The whole page; ValueError, with the file's name, where one has rows that are not its own."""
-    files = sorted(
-        files, key=lambda file: (ORDER.get(file.content["suite"], len(ORDER)), file.name)
-    )
+    files = sorted(files, key=_order)
     sections = [_section(number, file) for number, file in enumerate(files)]
     links = "".join(
         f'<li><a href="#file-{number}">{escape(_title(file))}</a> '

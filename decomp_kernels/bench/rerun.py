@@ -28,13 +28,17 @@ def command(content: dict[str, Any]) -> str | None:
         return _train(content["options"])
     if suite == "layer":
         return shlex.join(_layer(content["rows"], protocol))
-    if suite in ("model", "scale", "quality"):
+    if suite == "scale":
+        return shlex.join(_scale(content["rows"], protocol))
+    if suite in ("model", "quality"):
         return shlex.join(["decomp-kernels", "bench", suite, *_options(protocol, ASKED)])
     return None
 
 
 def of_row(content: dict[str, Any], row: dict[str, Any]) -> str | None:
     """One row by itself, where its suite can be asked for one."""
+    if content["suite"] == "scale":
+        return shlex.join(_scale([row], content["protocol"]))
     if content["suite"] != "layer":
         return None
     return shlex.join(_layer([row], content["protocol"]))
@@ -63,6 +67,21 @@ def _layer(rows: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> list[str
     words += ["--bias"] if all(row["bias"] for row in rows) else []
     words += ["--compile"] if protocol.get("compile") else []
     return words + _options(protocol, ("rank", *ASKED, "processes"))
+
+
+def _scale(rows: Sequence[dict[str, Any]], protocol: dict[str, Any]) -> list[str]:
+    """Methods, axes and their sizes; what does not grow is told by one row by itself."""
+    words = ["decomp-kernels", "bench", "scale", "--methods"]
+    words += dict.fromkeys(row["method"] for row in rows)
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    words += ["--axes", *axes]
+    for axis in axes:
+        sizes = sorted({row["size"] for row in rows if row["axis"] == axis})
+        words += ["--sizes", f"{axis}={','.join(map(str, sizes))}"]
+    words += ["--dtype", rows[0]["dtype"]]
+    if len(rows) == 1:
+        words += ["--shape", ",".join(map(str, rows[0]["shape"])), "--rank", str(rows[0]["r"])]
+    return words + _options(protocol, ASKED)
 
 
 def _train(options: dict[str, Any]) -> str:

@@ -12,24 +12,22 @@ from torch import Tensor, nn
 
 from decomp_kernels.bench import memory
 from decomp_kernels.bench.compiled import Compiled
+from decomp_kernels.bench.contenders import ACCELERATED
 from decomp_kernels.bench.engine import Contender
 from decomp_kernels.bench.observed import Observed
 from decomp_kernels.interop.peft.accelerate import fused_calls
 
-ACCELERATED = "accelerated"
 LEARNING_RATE = 1e-4
 
 
 class Trainee:
     """One model in training: its own adapters, its own optimizer and its own input.
 
-    layers: paths of the adapted layers.  whose: of a peer, who wrote it.
+    layers: paths of the adapted layers.
     """
 
-    def __init__(
-        self, name: str, model: nn.Module, tokens: Tensor, layers: Sequence[str], whose: str = ""
-    ) -> None:
-        self.name, self.model, self.tokens, self.whose = name, model, tokens, whose
+    def __init__(self, name: str, model: nn.Module, tokens: Tensor, layers: Sequence[str]) -> None:
+        self.name, self.model, self.tokens = name, model, tokens
         self.layers = {path: causal(model).get_submodule(path) for path in layers}
         self.first_layer = next(iter(self.layers.values()))
         self.trained = [p for p in model.parameters() if p.requires_grad]
@@ -41,9 +39,8 @@ class Trainee:
         self.compiled: Compiled | None = None
         self.seen = ""
 
-    def compile(self, backend: str) -> "Trainee":
+    def compile(self, backend: str) -> None:
         self.run = self.compiled = Compiled(self.model, backend)
-        return self
 
     def loss(self) -> Tensor:
         return self.run(inputs_embeds=self.x, labels=self.tokens).loss

@@ -6,6 +6,7 @@ hand in every round.
 
 import copy
 import warnings
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -44,12 +45,7 @@ def peer_of(
     default and ours.  Raises ValueError where PEFT does not take these options or shapes.
     """
     if formulas.why_not(method) is None:
-        made = twin(model)
-        for name in adapted:
-            parent, _, last = name.rpartition(".")
-            linear = _as_linear(made.get_submodule(name))
-            setattr(made.get_submodule(parent), last, formulas.at_start(linear, method))
-        return made, FORMULA
+        return with_formulas(model, adapted, lambda _, at: formulas.at_start(at, method)), FORMULA
     if method.name not in peers.CONFIGS or find_spec("peft") is None:
         return None
     import peft
@@ -63,6 +59,17 @@ def peer_of(
         if getattr(config, "feedforward_modules", None):
             config.feedforward_modules = set(adapted)
         return peft.get_peft_model(copied, config, autocast_adapter_dtype=wide), PEFT
+
+
+def with_formulas(
+    model: nn.Module, adapted: Iterable[str], make: Callable[[str, nn.Linear], nn.Module]
+) -> nn.Module:
+    """A twin with ``make(path, linear)`` in place of the modules at these paths."""
+    made = twin(model)
+    for path in adapted:
+        parent, _, last = path.rpartition(".")
+        setattr(made.get_submodule(parent), last, make(path, _as_linear(made.get_submodule(path))))
+    return made
 
 
 def _as_linear(module: Any) -> nn.Linear:

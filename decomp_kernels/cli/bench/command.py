@@ -2,9 +2,9 @@
 
 import argparse
 
-from decomp_kernels.cli.bench import layer, quality, report, scale, table
+from decomp_kernels.cli.bench import layer, model, quality, report, scale, table
 
-SUITES = (layer, scale, quality, report, table)
+SUITES = (layer, model, scale, quality, report, table)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
