@@ -202,7 +202,9 @@ def test_what_ran_is_what_explain_says(dtype, names):
     """Of every method, and the named implementation where one is named."""
     for row in layers.rows(names, [(8, 32, 24)], [dtype], 4):
         made = layers.build(row, seed=0, device=CPU, impls=dispatch.CANDIDATES, others=False)
-        paths = {entry.contender.name: entry.path for entry in made.entries}
+        paths = {
+            entry.contender.name: observed.implementation(entry.path) for entry in made.entries
+        }
         assert paths.pop(FROZEN) == paths.pop(CONTROL) == "nn.Linear"
         explained = layers.expected_path(explain(made.ours, 8))
         if getattr(row.make(), "dropout_mode", "") == "peft" and row.make().dropout:

@@ -116,7 +116,7 @@ class Contenders:
             why = dispatch.why_not(self.x, impl)
             if impl not in self.method.impls:
                 why = f"{self.method.name} has no such form"
-            elif why is None and impl == taken:
+            elif why is None and impl == observed.implementation(taken):
                 why = "it is what ours took"
             if why is not None:
                 self.left_out[impl] = why

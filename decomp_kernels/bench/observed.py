@@ -16,8 +16,10 @@ import torch
 from torch import nn
 
 from decomp_kernels.bench.engine import Contender
+from decomp_kernels.ops import decomposed_linear as operator
 
 OPERATOR = "decomposed_linear"
+ONE_CALL = "aten in one call"  # the library calls as csrc/autograd makes them
 _FUNCTIONS = ("forward", "backward", "build", "contract", "merged_weight")
 _FOLDERS = ("decomp_kernels.reference.", "decomp_kernels.kernels.")
 
@@ -44,6 +46,8 @@ class Observed:
                 if made or getattr(body, "__module__", None) == name:
                     self._replaced.append((module, function, body))
                     setattr(module, function, self._counted(name, function, body))
+        self._replaced.append((operator, "autograd_node", operator.autograd_node))
+        operator.autograd_node = self._compiled(operator.autograd_node)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,6 +70,28 @@ class Observed:
 
         return counted
 
+    def _compiled(self, choose: Callable[..., Any]) -> Callable[..., Any]:
+        """``choose`` of ops/autograd_node.py, whose node says when it runs, forward and backward."""
+
+        def chosen(*args: Any) -> Any:
+            node = choose(*args)
+            if node is None:
+                return None
+
+            def counted(*terms: Any) -> torch.Tensor:
+                self.calls[OPERATOR, "forward", ONE_CALL] += 1
+                y = node(*terms)
+                if y.grad_fn is not None:
+                    y.grad_fn.register_prehook(backward)
+                return y
+
+            return counted
+
+        def backward(grads: Any) -> None:
+            self.calls[OPERATOR, "backward", ONE_CALL] += 1
+
+        return chosen
+
     def path(self) -> str:
         """The implementation of the decomposed linear: both names where forward and backward
         differ, empty where it did not run.
@@ -80,6 +106,11 @@ class Observed:
     def lines(self) -> list[str]:
         """Every call: "row_norm forward: native, 1"."""
         return [f"{op} {what}: {impl}, {n}" for (op, what, impl), n in sorted(self.calls.items())]
+
+
+def implementation(path: str) -> str:
+    """``path`` by the names that ``explain`` and ``impl=`` have."""
+    return path.replace(ONE_CALL, "aten")
 
 
 def _named(module: str) -> tuple[str, str]:
