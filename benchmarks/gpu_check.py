@@ -4,7 +4,10 @@
                racecheck
     extension  the native library: its tests on the device, the sanitizer, its GEMM beside cuBLAS
     tune       tiles and implementations, into tables beside the results
-    bench      our implementations, the frozen linear and PEFT, layer by layer
+    bench      the suites of decomp-kernels bench layer and bench model, into layer.json and
+               model.json: our implementations beside the frozen linear, PEFT, and axolotl's
+               and unsloth's functions where they can be imported; warm and cold caches, eager
+               and, under 100 microseconds, replayed from a CUDA graph
 
 Each stage writes its own JSON under benchmarks/results/<gpu>/ as it goes, and leaves out what is
 there already: a run that was cut off goes on where it stopped (--again starts over).  Plain, all
@@ -18,6 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,7 @@ from gpu_extension import extension
 from gpu_rows import PYTEST, ROOT, SERIAL, Rows, run
 
 from decomp_kernels import dispatch
-from decomp_kernels.bench import layers, record, tune
+from decomp_kernels.bench import decoder, layers, record, tune
 
 TESTS = sorted(
     path.relative_to(ROOT)
@@ -35,10 +39,11 @@ TESTS = sorted(
 )
 SANITIZED = "tests/test_triton_kernels.py::test_a_rank_above_every_block"
 MINUTES = {"kernels": 8.0, "extension": 8.0, "tune": 8.0, "bench": 8.0}
-REDUCED_MINUTES = {"kernels": 3.5, "extension": 2.5, "tune": 2.0, "bench": 1.5}
+REDUCED_MINUTES = {"kernels": 3.0, "extension": 2.0, "tune": 1.5, "bench": 2.5}
 
 BENCH_TOKENS, BENCH_RANKS = (1, 16, 512, 2048, 8192), (16, 64, 384)
 BENCH_METHODS = ("lora", "dora", "ssb")
+FILES = {"bench": ("layer.json", "model.json")}  # stages that do not write <stage>.json alone
 
 
 def main() -> int:
@@ -53,9 +58,9 @@ def main() -> int:
         return 2
     failed = []
     for stage in args.stage or STAGES:
-        path = folder / f"{stage}.json"
-        if args.again:
-            path.unlink(missing_ok=True)
+        path = folder / FILES.get(stage, (f"{stage}.json",))[0]
+        for file in FILES.get(stage, (path.name,)) if args.again else ():
+            path.with_name(file).unlink(missing_ok=True)
         minutes = (MINUTES if args.full else REDUCED_MINUTES)[stage]
         print(f"== {stage} (at most {minutes:g} minutes, into {path})", flush=True)
         started = time.monotonic()
@@ -116,19 +121,42 @@ def tuned(args: argparse.Namespace, device: torch.device, path: Path, until: flo
 
 
 def bench(args: argparse.Namespace, device: torch.device, path: Path, until: float) -> bool:
-    """Layers with LoRA, DoRA and SSB: every implementation, the frozen linear and PEFT."""
-    rows = Rows(path, "gpu-check bench", args)
-    impls = tuple(impl for impl in dispatch.CANDIDATES if not args.dry or impl == tune.LIBRARY)
+    """The layer suite and the model suite, each into its file: the whole of one, then the other."""
     rounds = {"rounds": 1, "warmup": 1} if args.dry else {"rounds": 15, "warmup": 4}
-    for row in _bench_rows(args):
-        name = f"{row.label} r={dict(row.options).get('r', 0)} {row.shape} {row.adapter_dtype}"
+    given: dict[str, Any] = {**rounds, "seed": 0, "device": device}
+    impls = tuple(impl for impl in dispatch.CANDIDATES if not args.dry or impl == tune.LIBRARY)
+
+    def layer(row: layers.Row) -> dict[str, Any]:
+        return layers.run(row, **given, impls=impls, compile_too=args.full, cold=args.dry)
+
+    layer_rows = [
+        (f"{row.label} r={dict(row.options).get('r', 0)} {row.shape} {row.adapter_dtype}",
+         partial(layer, row))
+        for row in _layer_rows(args)
+    ]  # fmt: skip
+    model_rows = [
+        (f"{row.label} {row.size} checkpointing {row.checkpointing}", partial(
+            decoder.run, row, **given, backend="inductor" if args.full else None))
+        for row in _model_rows(args)
+    ]  # fmt: skip
+    now = time.monotonic()
+    shares = {"layer": (layer_rows, now + (until - now) * 2 / 3), "model": (model_rows, until)}
+    done = [
+        _suite(Rows(path.with_name(f"{suite}.json"), suite, args), todo, end)
+        for suite, (todo, end) in shares.items()
+    ]
+    return all(done)
+
+
+def _suite(rows: Rows, todo: list[tuple[str, Callable[[], dict[str, Any]]]], until: float) -> bool:
+    for name, measure in todo:
         if rows.has(name):
             continue
         if time.monotonic() >= until:
             print(f"{name}: no time left; run again to go on")
             continue
         try:
-            found = layers.run(row, **rounds, seed=0, device=device, impls=impls)
+            found = measure()
         except Exception as error:  # one row that fails must not lose the others
             rows.add({"name": name, "error": f"{type(error).__name__}: {str(error)[:500]}"})
             print(f"{name}: {type(error).__name__}: {error}")
@@ -141,26 +169,37 @@ def bench(args: argparse.Namespace, device: torch.device, path: Path, until: flo
     return all("error" not in row for row in rows.all) and bool(rows.all)
 
 
-def _bench_rows(args: argparse.Namespace) -> list[layers.Row]:
+def _model_rows(args: argparse.Namespace) -> list[decoder.Row]:
     if args.dry:
-        grid = [((3, 24, 20), 4, 0.0), ((3, 24, 20), 4, 0.05)]
+        size = decoder.Size(16, 1, 2, 1, 32, 32, batch=1, sequence=8)
+    else:  # the blocks of Llama 3 8B, few of them, and a vocabulary that does not hide them
+        size = decoder.Size(4096, 8 if args.full else 2, 32, 8, 14336, 32768, 1, 2048)
+    kinds = decoder.CHECKPOINTING if args.full or args.dry else ("none",)
+    return list(
+        decoder.rows(
+            BENCH_METHODS, size, ["bfloat16"], rank=4 if args.dry else 16, checkpointing=kinds
+        )
+    )
+
+
+def _layer_rows(args: argparse.Namespace) -> list[layers.Row]:
+    if args.dry:
+        grid = [((3, 24, 20), 4)]
     elif args.full:
-        grid = [((M, K, N), r, p) for M in reversed(BENCH_TOKENS) for N, K in tune.LAYERS
-                for r in BENCH_RANKS for p in (0.0, 0.05)]  # fmt: skip
+        grid = [((M, K, N), r) for M in reversed(BENCH_TOKENS) for N, K in tune.LAYERS
+                for r in BENCH_RANKS]  # fmt: skip
     else:
         N, K = tune.LAYERS[0]
-        grid = [((M, K, N), 16, p) for M in (8192, 2048, 16) for p in (0.0, 0.05)]
+        grid = [((M, K, N), 16) for M in (8192, 2048, 16)]
     made = []
-    for shape, r, p in grid:
+    for shape, r in grid:
         for method in BENCH_METHODS:
-            if method == "ssb" and (p or r != grid[0][1]):
-                continue  # it has no rank and no dropout: once a shape
-            for adapter in ("bfloat16", "float32") if method == "lora" else ("bfloat16",):
-                options: dict[str, Any] = {} if method == "ssb" else {"r": r, "alpha": 2.0 * r}
-                options |= {"dropout": p} if p else {}
-                variant = f"dropout {p}" if p else ""
-                made.append(layers.Row(method, tuple(sorted(options.items())), shape, "bfloat16",
-                                       adapter, variant))  # fmt: skip
+            if method == "ssb" and r != grid[0][1]:
+                continue  # it has no rank: once a shape
+            wide = layers.ADAPTER_DTYPES if method == "lora" else (layers.AS_BASE,)
+            made += layers.rows(
+                [method], [shape], ["bfloat16"], r, dropouts=(0.0, 0.05), adapter_dtypes=wide
+            )
     return made
 
 

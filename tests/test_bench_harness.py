@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from decomp_kernels.bench import conditions, engine, machine, record
+from decomp_kernels.bench import conditions, engine, layer_tables, machine, record
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
 from decomp_kernels.bench.graphs import WARM_UP
+from decomp_kernels.cli.main import main
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -376,3 +377,28 @@ def test_gpu_clocks_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     assert second["power_limit_w"] == "[N/A]"
     tool.write_text("#!/bin/sh\nexit 9\n")  # installed, and no driver
     assert machine.gpu_state() is None
+
+
+# --- what the layer suite makes of it ------------------------------------------------------------
+
+
+def test_cold_times_are_a_table_and_replays_one_of_those_that_have_them(tmp_path, capsys):
+    output = tmp_path / "layer.json"
+    words = "bench layer --methods lora --shape 8,16,24 --rank 2 --dtype float32 --rounds 1 --cold"
+    assert main([*words.split(), "--threads", "1", "--output", str(output)]) == 0
+    assert "**Layers: time, cold both.**" in capsys.readouterr().out
+    content = record.read(output)
+    row = content["rows"][0]
+    assert content["protocol"]["cold"]
+    assert set(row["contenders"]["ours"]["ratio"]) == EAGER
+    for name in (FROZEN, CONTROL, "ours"):  # as a GPU's row is: PEFT could not be recorded
+        entry = row["contenders"][name]
+        entry["ratio"]["replay both"] = {"median": 1.25, "q1": 1.25, "q3": 1.25}
+        entry["ns"]["replay both"] = [20_000]
+    found = {table.title: table for table in layer_tables.tables(content)}
+    assert set(found) >= {f"Layers: time, {of}" for of in ("both", "cold both", "replay both")}
+    replayed = found["Layers: time, replay both"]
+    assert len(replayed.lines) == 1  # the variant with dropout has none
+    assert "1.25" in replayed.lines[0]
+    assert "PEFT" not in replayed.header
+    assert "0.02" in replayed.lines[0]  # milliseconds of the frozen one

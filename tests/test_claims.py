@@ -34,10 +34,10 @@ CLAIMS = [
     (r"\d\s?([KMG]i?B)\b", r"\b(peak|PEFT'?s?|less|more)\b"),
     (r"(?<![\w.^-])(?!0\.0)\d\.\d\d?(?![\w.])", r"\b(faster|slower|PEFT'?s?|frozen|peak)\b"),
 ]
-NO_CLAIM = re.compile(  # versions, and the width of an interval
+NO_CLAIM = re.compile(  # versions, the width of an interval, the whole of a share
     r"\bPEFT( of| before)? 0\.[12]\d[\d.]*( (and|to|or) 0\.[12]\d[\d.]*)*"
     r"|\b(torch|PyTorch|Python|Triton|transformers|bitsandbytes|torchao|NumPy) v?\d[\d.]*"
-    r"|\d\d % (bootstrap )?interval|interval \(\d\d %\)"
+    r"|\d\d % (bootstrap )?interval|interval \(\d\d %\)|has 100 %"
 )
 SHARE = r"(half|thirds?|a quarter|a fifth|a tenth|an eighth|twice|double)"
 COMPARED = re.compile(

@@ -220,9 +220,9 @@ def test_gpu_check_in_its_dry_form(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "gpu-check: all stages done" in done.stdout
-    kernels, tuned, bench = (
-        json.loads((tmp_path / f"{stage}.json").read_text())["rows"]
-        for stage in ("kernels", "tune", "bench")
+    kernels, tuned, bench, model = (
+        json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        for name in ("kernels", "tune", "layer", "model")
     )
     tests = {path.name for path in (ROOT / "tests").glob("test_triton*.py")}
     assert {Path(entry["name"]).name for entry in kernels} >= tests
@@ -233,6 +233,13 @@ def test_gpu_check_in_its_dry_form(tmp_path):
     assert measured
     assert {entry["method"] for entry in bench} == {"lora", "dora", "ssb"}
     for entry in bench:
+        beside = "formula" if entry["method"] == "ssb" else "PEFT"
+        assert {"frozen", "control", "ours", beside} <= set(entry["contenders"])
+        assert {"both", "cold both"} <= set(entry["contenders"]["ours"]["ratio"])
+    assert {(entry["method"], entry["checkpointing"]) for entry in model} == {
+        (method, kind) for method in ("lora", "dora", "ssb") for kind in ("none", "block")
+    }
+    for entry in model:
         beside = "formula" if entry["method"] == "ssb" else "PEFT"
         assert {"frozen", "control", "ours", beside} <= set(entry["contenders"])
     again = subprocess.run(

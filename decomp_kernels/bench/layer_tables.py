@@ -19,6 +19,7 @@ from decomp_kernels.bench.contenders import (
     PEFT_WIDE,
 )
 from decomp_kernels.bench.engine import CONTROL, FROZEN
+from decomp_kernels.bench.peers_gpu import AXOLOTL, UNSLOTH
 from decomp_kernels.bench.tables import MIB, SHORT, Table, headline, markdown
 from decomp_kernels.dispatch import IMPLS
 
@@ -35,6 +36,8 @@ OTHERS = {
     PEFT_COMPILED: "PEFT compiled",
     FORMULA: "formula",
     OURS_COMPILED: "ours compiled",
+    AXOLOTL: AXOLOTL,
+    UNSLOTH: UNSLOTH,
 }
 RIVALS = (PEFT, FORMULA)  # the one beside ours where there is room for one
 
@@ -47,6 +50,13 @@ TIME_WORDS = (
     "has it, where PEFT lacks it. path: what ours was seen to take. PEFT computes DoRA's norm in "
     "every step and drops x in its base product too, also where the row's ours does not."
 )
+# Where a file has them (bench/conditions.py), each in a table of its own.
+CONDITIONS = {
+    "cold both": "Every timed step after a flush of the caches.",
+    "replay both": "Steps recorded in CUDA graphs and replayed: the device's time without the "
+    "host's, where the frozen layer's is below 100 microseconds.",
+    "cold replay both": "Replayed, after a flush of the caches.",
+}
 WORK_WORDS = (
     "Peak: bytes allocated at once during forward + backward, output and gradients included. "
     "Saved: bytes kept for backward beside weights. GFLOP and MB are counted, not measured: what "
@@ -64,9 +74,14 @@ def tables_of(rows: Iterable[dict[str, Any]], phase: str = "both") -> list[Table
     groups = list(grouped(rows).values())
     counted = [group for group in groups if "roof" in group[0]]  # not in files of the first form
     roofs = dict.fromkeys(group[0]["roof"]["what"] for group in counted)
-    words = WORK_WORDS.format(roof="; ".join(roofs))
     found = [Table(f"Layers: time, {phase}", *_time(groups, phase), TIME_WORDS)]
+    for condition, words in CONDITIONS.items():
+        having = [group for group in groups if medians(group, FROZEN, condition)]
+        if having:
+            title = f"Layers: time, {condition}"
+            found.append(Table(title, *_time(having, condition), words))
     if counted:
+        words = WORK_WORDS.format(roof="; ".join(roofs))
         found.append(Table("Layers: memory and work", *_work(counted), words))
     absent = _absent(groups)
     if absent:
@@ -85,7 +100,8 @@ def _time(groups: list[Group], phase: str) -> tuple[tuple[str, ...], list[tuple[
     )  # fmt: skip
     lines = []
     for group in groups:
-        frozen_ns = [ns for row in group for ns in row["contenders"][FROZEN]["ns"][phase]]
+        frozen = [row["contenders"][FROZEN]["ns"].get(phase, []) for row in group]
+        frozen_ns = [ns for each in frozen for ns in each]
         best = best_impl(group, phase)
         other = f"{ratio_text(group, best, phase)} {best}" if best else "-"
         lines.append(
@@ -147,16 +163,18 @@ def key(row: dict[str, Any]) -> Key:
 
 def medians(group: Group, name: str, phase: str = "both") -> list[float]:
     """The median ratio of each process; empty where the contender did not run."""
-    return [
-        row["contenders"][name]["ratio"][phase]["median"]
-        for row in group
-        if name in row["contenders"]
-    ]
+    return [ratio["median"] for ratio in _ratios(group, name, phase)]
 
 
 def quartiles(group: Group, name: str, phase: str = "both") -> tuple[float, float]:
-    found = [row["contenders"][name]["ratio"][phase] for row in group if name in row["contenders"]]
+    found = _ratios(group, name, phase)
     return min(ratio["q1"] for ratio in found), max(ratio["q3"] for ratio in found)
+
+
+def _ratios(group: Group, name: str, phase: str) -> list[dict[str, float]]:
+    """Of the rows where the contender was timed so: not every one is in every phase."""
+    found = (row["contenders"].get(name, {"ratio": {}})["ratio"] for row in group)
+    return [ratio[phase] for ratio in found if phase in ratio]
 
 
 def ratio_text(group: Group, name: str, phase: str = "both") -> str:
@@ -182,7 +200,8 @@ def rival(group: Group) -> str | None:
 
 def best_impl(group: Group, phase: str = "both") -> str | None:
     """The fastest implementation of ours beside what auto takes."""
-    named = [name for name in group[0]["contenders"] if name in IMPLS]
+    contenders = group[0]["contenders"]
+    named = [name for name in contenders if name in IMPLS and medians(group, name, phase)]
     return min(named, key=lambda name: statistics.median(medians(group, name, phase)), default=None)
 
 

@@ -1,5 +1,6 @@
 """A results file: what was measured, on which machine, with which versions, and the raw samples."""
 
+import functools
 import json
 import os
 import platform
@@ -81,8 +82,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def commit() -> str | None:
-    """The git commit of the source tree this runs from, "+" added where files are changed."""
+    """The git commit of the source tree this runs from, "+" added where files are changed.
+
+    As it was at the first call, which a command makes before it measures: a checkout may move on
+    while a long run goes on with the code that it has loaded.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

@@ -31,7 +31,9 @@ def command(content: dict[str, Any]) -> str | None:
     if suite == "scale":
         return shlex.join(_scale(content["rows"], protocol))
     if suite in ("model", "quality"):
-        return shlex.join(["decomp-kernels", "bench", suite, *_options(protocol, ASKED)])
+        words = ["decomp-kernels", "bench", suite]
+        words += _options(protocol, ("rank", "compile")) if suite == "model" else []
+        return shlex.join(words + _options(protocol, ASKED))
     return None
 
 

@@ -52,6 +52,7 @@ def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
             f"--device {args.device} needs a device that PyTorch sees; it sees "
             f"{torch.accelerator.current_accelerator() or 'the CPU alone'}"
         ) from None
+    record.commit()  # which it is now, not when all is measured
     check_places(args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
