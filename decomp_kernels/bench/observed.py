@@ -17,9 +17,10 @@ from torch import nn
 
 from decomp_kernels.bench.engine import Contender
 from decomp_kernels.ops import decomposed_linear as operator
+from decomp_kernels.ops.autograd_node import BACKWARD_BY_PASSES, FORWARD_BY_PASSES
 
 OPERATOR = "decomposed_linear"
-ONE_CALL = "aten in one call"  # the library calls as csrc/autograd makes them
+ONE_CALL = " in one call"  # after the implementation whose calls csrc/autograd makes
 _FUNCTIONS = ("forward", "backward", "build", "contract", "merged_weight")
 _FOLDERS = ("decomp_kernels.reference.", "decomp_kernels.kernels.")
 
@@ -71,24 +72,26 @@ class Observed:
         return counted
 
     def _compiled(self, choose: Callable[..., Any]) -> Callable[..., Any]:
-        """``choose`` of ops/autograd_node.py, whose node says when it runs, forward and backward."""
+        """``choose`` of ops/autograd_node.py, whose node says when it runs, and what each way."""
 
         def chosen(*args: Any) -> Any:
-            node = choose(*args)
-            if node is None:
+            found = choose(*args)
+            if found is None:
                 return None
+            node, passes = found
+
+            def ran(direction: str, bit: int) -> None:
+                impl = "native:passes" if passes & bit else "aten"
+                self.calls[OPERATOR, direction, impl + ONE_CALL] += 1
 
             def counted(*terms: Any) -> torch.Tensor:
-                self.calls[OPERATOR, "forward", ONE_CALL] += 1
+                ran("forward", FORWARD_BY_PASSES)
                 y = node(*terms)
                 if y.grad_fn is not None:
-                    y.grad_fn.register_prehook(backward)
+                    y.grad_fn.register_prehook(lambda grads: ran("backward", BACKWARD_BY_PASSES))
                 return y
 
-            return counted
-
-        def backward(grads: Any) -> None:
-            self.calls[OPERATOR, "backward", ONE_CALL] += 1
+            return counted, passes
 
         return chosen
 
@@ -110,7 +113,7 @@ class Observed:
 
 def implementation(path: str) -> str:
     """``path`` by the names that ``explain`` and ``impl=`` have."""
-    return path.replace(ONE_CALL, "aten")
+    return path.replace(ONE_CALL, "")
 
 
 def _named(module: str) -> tuple[str, str]:
