@@ -42,10 +42,12 @@ def calls(monkeypatch):
             monkeypatch.setattr(module, direction, counted)
     node = native_library.autograd_node()
 
-    def compiled(*args):  # the same library calls, from autograd's own node
-        seen["forward"].append("aten")
+    def compiled(*args):  # the same calls, from autograd's own node
+        passes = args[-1]
+        seen["forward"].append("native:passes" if passes & 1 else "aten")
         y = node(*args)
-        y.grad_fn.register_prehook(lambda _: seen["backward"].append("aten"))
+        way = "native:passes" if passes & 2 else "aten"
+        y.grad_fn.register_prehook(lambda _: seen["backward"].append(way))
         return y
 
     monkeypatch.setattr(native_library, "autograd_node", lambda: node and compiled)

@@ -154,11 +154,17 @@ def fastest(row: dict[str, Any], direction: str) -> str:
 
 
 def entries(
-    rows: Sequence[dict[str, Any]], arch: str, measured: dict[str, Any] | None
+    rows: Sequence[dict[str, Any]],
+    arch: str,
+    measured: dict[str, Any] | None,
+    *,
+    one_call: bool = False,
 ) -> list[dict[str, Any]]:
     """Table entries of measured cells, smallest first, so that the first that fits is nearest.
 
     Cells that the table cannot tell apart (N and K swapped) take what none of them loses by.
+    one_call: csrc/autograd takes dropout and float32 adapters by host kernels both ways or not at
+    all, so that these are chosen by the whole step.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
@@ -176,7 +182,8 @@ def entries(
         } | ({"scaled": scaled or r == 0} if scales else {})  # fmt: skip
         relative = {}
         for direction in DIRECTIONS:
-            chosen = {fastest(row, direction) for row in group}
+            by = "both" if one_call and (wide or dropout) else direction
+            chosen = {fastest(row, by) for row in group}
             entry[direction] = chosen.pop() if len(chosen) == 1 else LIBRARY
             relative[direction] = {
                 impl: round(

@@ -126,7 +126,7 @@ def _implementations(args, device, arch, folder, measured) -> list[dict[str, Any
         for impl, why in row["failed"].items():
             if not args.cpu:  # where most are for GPUs
                 _say(f"  {impl} failed: {why}")
-    made = tune.entries(rows, arch, measured)
+    made = tune.entries(rows, arch, measured, one_call=args.cpu)
     made = tune.fewer(made) if args.cpu else made
     if made:
         _written(args, tables.write(folder, tables.IMPLEMENTATIONS, made))
