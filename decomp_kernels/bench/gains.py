@@ -158,7 +158,9 @@ def said(found: Sequence[Gain]) -> str:
         ]
         if larger:
             larger.sort(key=lambda gain: gain.peaks[gain.peer_is] / gain.peaks[OURS])
-            listed = _listed(larger, tokens, lambda g: f"{g.peaks[OURS]:.1f} ({g.peaks[g.peer_is]:.1f})")
+            listed = _listed(
+                larger, tokens, lambda g: f"{g.peaks[OURS]:.1f} ({g.peaks[g.peer_is]:.1f})"
+            )
             parts.append(f"**More peak memory**, MiB: {listed}.")
     return "\n\n".join(parts)
 
