@@ -250,6 +250,26 @@ def test_files_measured_otherwise_do_not_mix():
     assert gains.alike([two, one, content("model")]) == [one]
 
 
+def test_files_of_the_same_machine_mix_whatever_its_load_was():
+    one, two, other = content(rows=[row()] * 3), content(rows=[row()] * 2), content(rows=[row()])
+    two["machine"] |= {"load_at_start": 6.9, "cpu_mhz": [2596, 2596]}
+    other["machine"]["cpu"] = "another"
+    assert gains.alike([one, two, other]) == [one, two]
+
+
+def test_the_headline_says_what_ran_and_misses_say_how_many_tokens():
+    native = row("dora", ours=(130, 131, 132))
+    native["contenders"]["ours"]["path"] = "native:passes"
+    found = gains.gains([content(rows=[row(), native])])
+    assert "Implementation of ours: a path in 1 row, native:passes in 1 row." in (
+        gains.table(found).words
+    )
+    assert "Implementation of ours: a path." in gains.table(found[:1]).words
+    assert "dora 16 x 32 bf16 1.31 (1.21)" in gains.said(found)
+    few = gains.gains([content(rows=[row(shape=[4, 16, 32]), native])])
+    assert "dora 8 x 16 x 32 bf16 1.31 (1.21)" in gains.said(few)
+
+
 def test_the_picture_is_the_same_twice_and_shows_each_row():
     found = gains.shown(gains.gains([content(rows=[row("lora"), row("dora")])]))
     drawn = gains_picture.picture(found, "title & more", "machine")
