@@ -179,7 +179,7 @@ def build(
 def _measured(entry: Entry, samples: Samples, device: torch.device) -> dict[str, Any]:
     contender, module = entry.contender, entry.module
     path = entry.path
-    if entry.compiled is not None and entry.compiled.graphs != entry.compiled.seen:
+    if entry.compiled is not None and entry.compiled.graphs != entry.compiled.prepared:
         path = entry.compiled.path()  # compiled anew while it was timed
     return {
         "path": path,
