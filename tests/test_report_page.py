@@ -248,6 +248,10 @@ def test_files_measured_otherwise_do_not_mix():
     two["protocol"]["threads"] = 2
     assert gains.alike([two, one]) == [one]
     assert gains.alike([two, one, content("model")]) == [one]
+    later, other = content(rows=[row()]), content(rows=[row()])
+    later["machine"] |= {"cpu_mhz": [2000, 2100], "load_at_start": 3.5}  # the same machine
+    other["machine"] |= {"cpu": "another"}
+    assert gains.alike([one, later, other]) == [one, later]
 
 
 def test_the_picture_is_the_same_twice_and_shows_each_row():
