@@ -347,6 +347,33 @@ def test_a_file_of_another_kind_is_refused(text, tmp_path, capsys):
     assert "must be a results file of format" in message or text is None
 
 
+@pytest.mark.parametrize("damage, message", [
+    ({"rows": None}, "its rows are missing or of another kind"),
+    ({"rows": [1]}, "its rows are missing or of another kind"),
+    ({"rows": [{}]}, "the rows must be those that bench layer writes, got KeyError: 'shape'"),
+    ({"protocol": None, "machine": 1}, "its machine and protocol are missing or of another kind"),
+    ({"suite": "scale"}, "must be a results file of bench layer, got one of 'scale'"),
+])  # fmt: skip
+def test_a_damaged_file_is_refused_in_one_line(damage, message, tmp_path, capsys):
+    file = tmp_path / "layer.json"
+    text = json.dumps(record.document("layer", {}, []) | damage)
+    file.write_text(text)
+    for words in (("table", file), ("layer", "--methods", "ia3", "--resume", "--output", file)):
+        assert bench(*words) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["no JSON", "{}", '{"goals": [{}]}'])
+def test_goals_of_another_kind_are_refused(text, tmp_path, capsys):
+    results, goals = tmp_path / "layer.json", tmp_path / "goals.json"
+    record.write(results, record.document("layer", {"rounds": 1}, []))
+    goals.write_text(text)
+    assert bench("table", results, "--goals", goals) == 2
+    assert f'{goals} must be a JSON object of "goals"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, message", [
     (("--methods", "lorra"), "method must be one of"),
     (("--dropout", "1.5"), "dropout must be at least 0 and below 1, got 1.5"),

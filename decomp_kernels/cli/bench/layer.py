@@ -163,12 +163,11 @@ def _earlier(args: argparse.Namespace, protocol: dict[str, Any]) -> list[dict[st
     if not path.exists():
         return []
     try:
-        content = record.read(path)
+        content = record.read(path, SUITE)
+        layer_tables.check(content["rows"])
     except ValueError as error:
         raise BadInput(str(error)) from None
-    cpu = content["machine"]["cpu"], record.machine()["cpu"]
-    if content["suite"] != SUITE:
-        raise BadInput(f"--resume needs a file of bench {SUITE}, and {path} is {content['suite']}")
+    cpu = content["machine"].get("cpu"), record.machine()["cpu"]
     if cpu[0] != cpu[1]:
         raise BadInput(
             f"--resume needs the same machine: {path} is of {cpu[0]}, this one is {cpu[1]}; name "
@@ -194,7 +193,7 @@ def _key(row: layers.Row) -> tuple[Any, ...]:
 
 
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["process"], *layer_tables.key(row)
+    return row.get("process", 0), *layer_tables.key(row)
 
 
 def _here(todo: list[layers.Row], protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:

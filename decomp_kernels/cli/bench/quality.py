@@ -244,7 +244,7 @@ def _earlier(args: argparse.Namespace) -> dict[str, Any] | None:
             f"{args.output} is there already: give --resume to go on with it, or another --output"
         )
     try:
-        return record.read(args.output)
+        return record.read(args.output, "quality")
     except ValueError as error:
         raise BadInput(str(error)) from None
 
