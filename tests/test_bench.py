@@ -380,10 +380,21 @@ def test_goals_of_another_kind_are_refused(text, tmp_path, capsys):
     (("--impls", "atten"), "--impls must be all, auto or names of reference, aten"),
     (("--impls", "auto", "aten"), "got auto aten"),
     (("--impls", "native:fused"), "--impls native:fused cannot run here: "),
+    (("--device", "meta"), "--device meta needs a device that PyTorch sees"),
+    (("--seed", 2**70), "--seed must be a number of at most 64 bits"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_any_work(words, message, capsys):
     assert bench("layer", *words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", ["layer", "model", "scale", "quality"])
+def test_a_picture_without_matplotlib_is_refused_before_any_work(
+    suite, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert bench(suite, "--picture", tmp_path / "a.png") == 2
+    assert "this needs the package 'matplotlib'" in capsys.readouterr().err
 
 
 def test_several_processes_show_a_range():

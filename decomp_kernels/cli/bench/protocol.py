@@ -9,7 +9,7 @@ import torch
 
 from decomp_kernels.bench import engine, record
 from decomp_kernels.bench.shapes import not_negative, positive
-from decomp_kernels.cli.errors import BadInput
+from decomp_kernels.cli.errors import BadInput, need
 
 
 def add_protocol(
@@ -45,13 +45,13 @@ def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
             "--clock cpu is the CPU time of one thread: give --threads 1 and --device cpu with it, "
             f"got --threads {args.threads} and --device {args.device}"
         )
+    device_of(args)
     try:
-        torch.empty(1, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise BadInput(
-            f"--device {args.device} needs a device that PyTorch sees; it sees "
-            f"{torch.accelerator.current_accelerator() or 'the CPU alone'}"
-        ) from None
+        torch.Generator().manual_seed(args.seed)
+    except (RuntimeError, ValueError, OverflowError):
+        raise BadInput(f"--seed must be a number of at most 64 bits, got {args.seed}") from None
+    if args.picture is not None:
+        need("matplotlib", "train")  # now, not after the measuring
     record.commit()  # which it is now, not when all is measured
     check_places(args)
     if args.threads is not None:
@@ -64,6 +64,18 @@ def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "seed": args.seed,
     }
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """The device, once something was computed on it: "meta" holds no numbers."""
+    try:
+        torch.zeros(1, device=args.device).item()
+        return torch.device(args.device)
+    except (RuntimeError, AssertionError):
+        raise BadInput(
+            f"--device {args.device} needs a device that PyTorch sees; it sees "
+            f"{torch.accelerator.current_accelerator() or 'the CPU alone'}"
+        ) from None
 
 
 def check_places(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ from decomp_kernels.bench.engine import FROZEN
 from decomp_kernels.bench.growth import AXES, Point
 from decomp_kernels.bench.shapes import positive, shape
 from decomp_kernels.bench.tables import headline, texts
-from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
+from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, device_of, protocol_of
 from decomp_kernels.cli.errors import BadInput, CheckFailed
 
 METHODS = ["lora", "dora", "ssb"]
@@ -70,7 +70,7 @@ def sizes(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    on_gpu = torch.device(args.device).type == "cuda"
+    on_gpu = device_of(args).type == "cuda"
     todo = _points(args, on_gpu)
     protocol = protocol_of(args) | {"peer": not args.no_peer, "timeout": args.timeout}
     measured: list[dict[str, Any]] = []
