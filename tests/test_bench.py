@@ -57,6 +57,17 @@ def test_rows_cover_the_registry_and_the_variants():
         assert getattr(method, "r", 4) in (4, layers.OWN_SIZE.get(row.method, {}).get("r"))
 
 
+def test_each_row_is_there_once_and_misfits_of_the_registry_are_left_out(capsys):
+    twice = layers.rows(["ia3", "ia3"], [(8, 4, 6)] * 2, ["float32"] * 2, 4, (False, False))
+    assert len(list(twice)) == 1
+    every = list(layers.rows(None, [(8, 4, 6)], ["float32", "bfloat16"], 16))
+    fitting = layer_suite._fitting(every, named=False)
+    left = {row.method for row in every} - {row.method for row in fitting}
+    assert {"pissa", "milora"} <= left < set(methods())
+    said = capsys.readouterr().err
+    assert said.count("left out: pissa on 4 x 6: r must be at most min(") == 1
+
+
 def test_a_grid_of_dropout_adapters_and_bias():
     """Of methods that have no dropout one row stands for all; float32 is wide on bf16 alone."""
     made = list(
@@ -380,6 +391,9 @@ def test_goals_of_another_kind_are_refused(text, tmp_path, capsys):
     (("--impls", "atten"), "--impls must be all, auto or names of reference, aten"),
     (("--impls", "auto", "aten"), "got auto aten"),
     (("--impls", "native:fused"), "--impls native:fused cannot run here: "),
+    (("--methods", "pissa", "--shape", "8,4,16"), "pissa on 4 x 16: r must be at most min("),
+    (("--methods", "lora", "--dtype", "float32", "--adapter-dtype", "float32"), "got none"),
+    (("--methods", "lora", "--shape", "8,9000000,9000000"), "got some that need at least"),
     (("--device", "meta"), "--device meta needs a device that PyTorch sees"),
     (("--seed", 2**70), "--seed must be a number of at most 64 bits"),
 ])  # fmt: skip

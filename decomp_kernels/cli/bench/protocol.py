@@ -1,6 +1,7 @@
 """What every suite is asked: how many rounds, on what, with which clock, and where it writes."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,21 @@ def device_of(args: argparse.Namespace) -> torch.device:
             f"--device {args.device} needs a device that PyTorch sees; it sees "
             f"{torch.accelerator.current_accelerator() or 'the CPU alone'}"
         ) from None
+
+
+def check_memory(least: int, device: torch.device) -> None:
+    """BadInput where the sizes asked for need more than there is: a CPU's process is killed."""
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        return  # Windows does not tell it here
+    if least > there:
+        raise BadInput(
+            f"the sizes must fit the memory of {device}, {there / 2**30:.1f} GiB, got some that "
+            f"need at least {least / 2**30:,.1f} GiB; give smaller ones"
+        )
 
 
 def check_places(args: argparse.Namespace) -> None:
