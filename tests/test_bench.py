@@ -58,6 +58,17 @@ def test_rows_cover_the_registry_and_the_variants():
         assert getattr(method, "r", 4) in (4, layers.OWN_SIZE.get(row.method, {}).get("r"))
 
 
+def test_each_row_is_there_once_and_misfits_of_the_registry_are_left_out(capsys):
+    twice = layers.rows(["ia3", "ia3"], [(8, 4, 6)] * 2, ["float32"] * 2, 4, (False, False))
+    assert len(list(twice)) == 1
+    every = list(layers.rows(None, [(8, 4, 6)], ["float32", "bfloat16"], 16))
+    fitting = layer_suite._fitting(every, named=False)
+    left = {row.method for row in every} - {row.method for row in fitting}
+    assert {"pissa", "milora"} <= left < set(methods())
+    said = capsys.readouterr().err
+    assert said.count("left out: pissa on 4 x 6: r must be at most min(") == 1
+
+
 def test_a_grid_of_dropout_adapters_and_bias():
     """Of methods that have no dropout one row stands for all; float32 is wide on bf16 alone."""
     made = list(
@@ -351,16 +362,57 @@ def test_a_file_of_another_kind_is_refused(text, tmp_path, capsys):
     assert "must be a results file of format" in message or text is None
 
 
+@pytest.mark.parametrize("damage, message", [
+    ({"rows": None}, "its rows are missing or of another kind"),
+    ({"rows": [1]}, "its rows are missing or of another kind"),
+    ({"rows": [{}]}, "the rows must be those that bench layer writes, got KeyError: 'shape'"),
+    ({"protocol": None, "machine": 1}, "its machine and protocol are missing or of another kind"),
+    ({"suite": "scale"}, "must be a results file of bench layer, got one of 'scale'"),
+])  # fmt: skip
+def test_a_damaged_file_is_refused_in_one_line(damage, message, tmp_path, capsys):
+    file = tmp_path / "layer.json"
+    text = json.dumps(record.document("layer", {}, []) | damage)
+    file.write_text(text)
+    for words in (("table", file), ("layer", "--methods", "ia3", "--resume", "--output", file)):
+        assert bench(*words) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["no JSON", "{}", '{"goals": [{}]}'])
+def test_goals_of_another_kind_are_refused(text, tmp_path, capsys):
+    results, goals = tmp_path / "layer.json", tmp_path / "goals.json"
+    record.write(results, record.document("layer", {"rounds": 1}, []))
+    goals.write_text(text)
+    assert bench("table", results, "--goals", goals) == 2
+    assert f'{goals} must be a JSON object of "goals"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, message", [
     (("--methods", "lorra"), "method must be one of"),
     (("--dropout", "1.5"), "dropout must be at least 0 and below 1, got 1.5"),
     (("--impls", "atten"), "--impls must be all, auto or names of reference, aten"),
     (("--impls", "auto", "aten"), "got auto aten"),
     (("--impls", "native:fused"), "--impls native:fused cannot run here: "),
+    (("--methods", "pissa", "--shape", "8,4,16"), "pissa on 4 x 16: r must be at most min("),
+    (("--methods", "lora", "--dtype", "float32", "--adapter-dtype", "float32"), "got none"),
+    (("--methods", "lora", "--shape", "8,9000000,9000000"), "got some that need at least"),
+    (("--device", "meta"), "--device meta needs a device that PyTorch sees"),
+    (("--seed", 2**70), "--seed must be a number of at most 64 bits"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_any_work(words, message, capsys):
     assert bench("layer", *words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", ["layer", "model", "scale", "quality"])
+def test_a_picture_without_matplotlib_is_refused_before_any_work(
+    suite, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert bench(suite, "--picture", tmp_path / "a.png") == 2
+    assert "this needs the package 'matplotlib'" in capsys.readouterr().err
 
 
 def test_several_processes_show_a_range():

@@ -295,6 +295,7 @@ def test_a_method_that_nobody_else_has_in_these_tensors_runs_alone(capsys):
         ),
         (("--kv-heads", 3), "heads must be a multiple of kv_heads, got 4 and 3"),
         (("--dropout", 1.5), "dropout must be"),
+        (("--layers", 10**9), "the sizes must fit the memory of cpu"),
         (("--methods", "oft", "--rank", 7), "r must"),
         (("--compile", "no_such"), "--compile no_such must be a backend of torch.compile"),
         (("--device", "cuda:77"), "--device cuda:77 needs a device that PyTorch sees"),

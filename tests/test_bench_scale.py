@@ -350,6 +350,10 @@ def test_the_command_writes_a_file_from_which_its_tables_come(tmp_path, capsys):
             ("--axes", "r", "--methods", "pissa", "--shape", "8,16,16", "--sizes", "r=4,64"),
             "pissa, r = 64: r must be at most min(out_features, in_features) = 16",
         ),
+        (("--axes", "ranks", "--sizes", "ranks=1,100000"), "ranks are processes: there must be"),
+        (("--axes", "layers", "--sizes", "layers=10000000"), "got some that need at least"),
+        (("--device", "foo"), "--device foo needs a device that PyTorch sees"),
+        (("--device", "cuda:77"), "--device cuda:77 needs a device that PyTorch sees"),
         (("--clock", "cpu", "--threads", 2), "give --threads 1 and --device cpu with it"),
     ],
 )

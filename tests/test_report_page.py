@@ -152,6 +152,9 @@ def test_an_unknown_suite_is_shown_row_by_row():
         ("[]", "must be a results file with a format decomp_kernels."),
         ('{"format": "other/1"}', "got 'other/1'"),
         ('{"format": "decomp_kernels.bench/1", "suite": "layer"}', "must have suite, date"),
+        (json.dumps(content(suite=["layer"])), "must have suite, date"),
+        (json.dumps(content(protocol=[1])), "must have suite, date"),
+        ("[" * 100_000, "must be a results file in JSON"),
         (json.dumps(content(rows=[{"method": "lora"}])), "the rows must be those that the suite"),
     ],
 )
@@ -166,6 +169,24 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(text, words, tmp_path, ca
     assert said.err.count("\n") == 1
     assert said.out == ""
     assert not output.exists()
+
+
+def test_a_page_is_not_written_over_its_own_results(tmp_path, capsys):
+    file = saved(tmp_path, "layer.json", content(rows=[row()]))
+    before = file.read_text()
+    assert main(["bench", "report", str(tmp_path), "--output", str(file)]) == 2
+    assert "--output must not be one of the results files" in capsys.readouterr().err
+    assert file.read_text() == before
+
+
+def test_times_that_do_not_pair_are_refused(tmp_path, capsys):
+    made = content(rows=[row()])
+    made["rows"][0]["contenders"]["PEFT"]["ns"] = {"both": [1]}
+    file = saved(tmp_path, "layer.json", made)
+    assert main(["bench", "report", str(file), "--output", str(tmp_path / "page.html")]) == 2
+    message = capsys.readouterr().err
+    assert f"{file}: the rows must have positive times of each contender" in message
+    assert message.count("\n") == 1
 
 
 def test_places_that_hold_nothing_are_named(tmp_path, capsys):
@@ -248,6 +269,10 @@ def test_files_measured_otherwise_do_not_mix():
     two["protocol"]["threads"] = 2
     assert gains.alike([two, one]) == [one]
     assert gains.alike([two, one, content("model")]) == [one]
+    later, other = content(rows=[row()]), content(rows=[row()])
+    later["machine"] |= {"cpu_mhz": [2000, 2100], "load_at_start": 3.5}  # the same machine
+    other["machine"] |= {"cpu": "another"}
+    assert gains.alike([one, later, other]) == [one, later]
 
 
 def test_the_picture_is_the_same_twice_and_shows_each_row():

@@ -13,7 +13,13 @@ from decomp_kernels.bench.agreement import Disagreement
 from decomp_kernels.bench.layers import ADAPTER_DTYPES
 from decomp_kernels.bench.shapes import positive
 from decomp_kernels.bench.tables import counted, headline, texts
-from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
+from decomp_kernels.cli.bench.protocol import (
+    add_protocol,
+    check_memory,
+    clock_of,
+    device_of,
+    protocol_of,
+)
 from decomp_kernels.cli.errors import BadInput, CheckFailed, need, one_line
 
 DTYPES = ("float32", "bfloat16")
@@ -72,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         need("transformers", "train")
         for row in todo:
+            width = decoder.DTYPES[row.dtype].itemsize
+            check_memory(width * row.size.parameters, device_of(args))
             decoder.check(row)
     except (TypeError, ValueError) as error:
         raise BadInput(one_line(error)) from None

@@ -14,7 +14,13 @@ from decomp_kernels.bench.engine import FROZEN
 from decomp_kernels.bench.growth import AXES, Point
 from decomp_kernels.bench.shapes import positive, shape
 from decomp_kernels.bench.tables import headline, texts
-from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
+from decomp_kernels.cli.bench.protocol import (
+    add_protocol,
+    check_memory,
+    clock_of,
+    device_of,
+    protocol_of,
+)
 from decomp_kernels.cli.errors import BadInput, CheckFailed
 
 METHODS = ["lora", "dora", "ssb"]
@@ -70,8 +76,9 @@ def sizes(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    on_gpu = torch.device(args.device).type == "cuda"
+    on_gpu = device_of(args).type == "cuda"
     todo = _points(args, on_gpu)
+    check_memory(max(map(growth.least_bytes, todo)), device_of(args))
     protocol = protocol_of(args) | {"peer": not args.no_peer, "timeout": args.timeout}
     measured: list[dict[str, Any]] = []
     started = time.monotonic()
@@ -115,6 +122,12 @@ def _points(args: argparse.Namespace, on_gpu: bool) -> list[Point]:
             growth.check(point)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    most = 16 * ranks.cores()
+    if (asked := max([point.ranks for point in todo], default=1)) > most:
+        raise BadInput(
+            f"ranks are processes: there must be at most {most} on {ranks.cores()} cores, got "
+            f"{asked}; give --sizes ranks=..."
+        )
     if not todo:
         raise BadInput(
             f"the axis r is for methods with a rank, got {', '.join(args.methods)}; name one such "
