@@ -7,13 +7,14 @@ Where PEFT lacks a method the peer is the formula of its authors, written plainl
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from decomp_kernels.bench import layer_tables
 from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT_COMPILED
 from decomp_kernels.bench.engine import FROZEN, Spread, spread
-from decomp_kernels.bench.tables import MIB, SHORT, Table
+from decomp_kernels.bench.tables import MIB, SHORT, Table, counted
 
 SHOWN = (  # the methods that most people train, and SSB, the paper's own
     ("lora", 0.0, False),
@@ -112,9 +113,17 @@ def table(found: Sequence[Gain]) -> Table:
         words = (
             f"One layer of {K} x {N} in {SHORT[found[0].dtype]}, {M} tokens: forward + backward "
             "over the frozen nn.Linear; PEFT / ours is the speed-up, median and quartiles within "
-            "rounds."
+            f"rounds. Implementation of ours: {_paths(found)}."
         )
     return Table("What a step costs", header, lines, words)
+
+
+def _paths(found: Iterable[Gain]) -> str:
+    """What ours was seen to take, most rows first, each with its rows where they differ."""
+    count = Counter(gain.row["contenders"][OURS]["path"] for gain in found)
+    if len(count) == 1:
+        return next(iter(count))
+    return ", ".join(f"{path} in {counted(n, 'row')}" for path, n in count.most_common())
 
 
 def sides(found: Iterable[Gain]) -> tuple[list[Gain], list[Gain], list[Gain]]:
@@ -159,12 +168,16 @@ def said(found: Sequence[Gain]) -> str:
 
 
 def _listed(found: Sequence[Gain], text: Callable[[Gain], str]) -> str:
-    """By method: oft 2048 x 2048 bf16 1.62 (1.40), 1024 x 1024 bf16 1.72 (1.47); pissa ..."""
+    """By method: oft 2048 x 2048 bf16 1.62 (1.40), 1024 x 1024 bf16 1.72 (1.47); pissa ...
+
+    M x K x N where the numbers of tokens differ.
+    """
     methods: dict[str, list[str]] = {}
+    tokens = len({gain.shape[0] for gain in found}) > 1
     for gain in found:
-        _, K, N = gain.shape
+        M, K, N = gain.shape
         bias = ", bias" if gain.row["bias"] else ""
-        where = f"{K} x {N} {SHORT[gain.dtype]}{bias}"
+        where = f"{f'{M} x ' if tokens else ''}{K} x {N} {SHORT[gain.dtype]}{bias}"
         methods.setdefault(gain.label, []).append(f"{where} {text(gain)}")
     return "; ".join(f"{label} {', '.join(places)}" for label, places in methods.items())
 
