@@ -140,6 +140,7 @@ def sides(found: Iterable[Gain]) -> tuple[list[Gain], list[Gain], list[Gain]]:
 def said(found: Sequence[Gain]) -> str:
     """Wins and misses in Markdown: how many rows there are of each, and every miss by name."""
     parts = []
+    tokens = len({gain.shape[0] for gain in found}) > 1
     for whose, rows in (
         ("PEFT's layer", [gain for gain in found if gain.peer_is != FORMULA]),
         (
@@ -155,25 +156,26 @@ def said(found: Sequence[Gain]) -> str:
             )
         if slower:
             slower.sort(key=lambda gain: gain.speed.median)
-            listed = _listed(slower, lambda g: f"{g.ours.median:.2f} ({g.peer.median:.2f})")
+            listed = _listed(slower, tokens, lambda g: f"{g.ours.median:.2f} ({g.peer.median:.2f})")
             parts.append(f"**Slower**, over the frozen layer, theirs in brackets: {listed}.")
         larger = [
             gain for gain in rows if gain.peaks[OURS] > MORE_MEMORY * gain.peaks[gain.peer_is]
         ]
         if larger:
             larger.sort(key=lambda gain: gain.peaks[gain.peer_is] / gain.peaks[OURS])
-            listed = _listed(larger, lambda g: f"{g.peaks[OURS]:.1f} ({g.peaks[g.peer_is]:.1f})")
+            listed = _listed(
+                larger, tokens, lambda g: f"{g.peaks[OURS]:.1f} ({g.peaks[g.peer_is]:.1f})"
+            )
             parts.append(f"**More peak memory**, MiB: {listed}.")
     return "\n\n".join(parts)
 
 
-def _listed(found: Sequence[Gain], text: Callable[[Gain], str]) -> str:
+def _listed(found: Sequence[Gain], tokens: bool, text: Callable[[Gain], str]) -> str:
     """By method: oft 2048 x 2048 bf16 1.62 (1.40), 1024 x 1024 bf16 1.72 (1.47); pissa ...
 
-    M x K x N where the numbers of tokens differ.
+    ``tokens``: M x K x N.
     """
     methods: dict[str, list[str]] = {}
-    tokens = len({gain.shape[0] for gain in found}) > 1
     for gain in found:
         M, K, N = gain.shape
         bias = ", bias" if gain.row["bias"] else ""
