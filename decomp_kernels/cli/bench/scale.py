@@ -84,12 +84,13 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     for row in _rows(todo, protocol):
         measured.append(row)
+        if args.output is not None:  # a run that ends early keeps what it has
+            record.write(args.output, record.document("scale", protocol, measured))
         _progress(len(measured), len(todo), row, time.monotonic() - started)
     content = record.document("scale", protocol, measured)
     print(headline(content))
     print(f"\n{texts(scale_tables.tables(content))}")
     if args.output is not None:
-        record.write(args.output, content)
         print(f"written: {args.output}")
     if args.picture is not None:
         scale_tables.picture(content, args.picture)
