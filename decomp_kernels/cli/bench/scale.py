@@ -79,7 +79,13 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = device_of(args).type == "cuda"
     todo = _points(args, on_gpu)
     check_memory(max(map(growth.least_bytes, todo)), device_of(args))
-    protocol = protocol_of(args) | {"peer": not args.no_peer, "timeout": args.timeout}
+    protocol = protocol_of(args) | {
+        "peer": not args.no_peer,
+        "timeout": args.timeout,
+        "shape": args.shape or _usual_shape(args, on_gpu),
+        "rank": args.rank,
+        "layers": args.layers,
+    }
     measured: list[dict[str, Any]] = []
     started = time.monotonic()
     for row in _rows(todo, protocol):
@@ -98,6 +104,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _usual_shape(args: argparse.Namespace, on_gpu: bool) -> tuple[int, int, int]:
+    return QUICK_SHAPE if args.quick else GPU_SHAPE if on_gpu else SHAPE
+
+
 def _points(args: argparse.Namespace, on_gpu: bool) -> list[Point]:
     """What there is to measure, checked."""
     own = growth.QUICK_SIZES if args.quick else growth.GPU_SIZES if on_gpu else growth.CPU_SIZES
@@ -110,12 +120,11 @@ def _points(args: argparse.Namespace, on_gpu: bool) -> list[Point]:
             f"ranks on {args.device} must be at most the number of GPUs here, {gpus}, got "
             f"{max(wanted['ranks'])}; give --sizes ranks=..., or leave ranks out of --axes"
         )
-    usual = QUICK_SHAPE if args.quick else GPU_SHAPE if on_gpu else SHAPE
     try:
         todo = list(
             growth.points(
                 dict.fromkeys(args.methods), dict.fromkeys(args.axes), wanted,
-                shape=args.shape or usual, r=args.rank, layers=args.layers,
+                shape=args.shape or _usual_shape(args, on_gpu), r=args.rank, layers=args.layers,
                 dtype=args.dtype or ("bfloat16" if on_gpu else "float32"),
             )
         )  # fmt: skip
