@@ -235,8 +235,8 @@ def test_a_command_of_a_row_is_accepted_by_the_command_line(monkeypatch):
             "--bias no yes --impls auto --no-peer --rank 3 --dtype bfloat16"
         ),
         (
-            "scale --methods ssb lora --axes M ranks --sizes M=4,8 --sizes ranks=1,2 --shape 8,24,16 "
-            "--rank 3 --layers 5 --no-peer"
+            "scale --methods ssb lora --axes M ranks --sizes M=4,8 --sizes ranks=1,2 "
+            "--shape 8,24,16 --rank 3 --layers 5 --no-peer"
         ),
         (
             "model --methods lora --hidden 32 --layers 1 --heads 4 --kv-heads 2 --intermediate 48 "
