@@ -318,6 +318,23 @@ def test_a_disagreement_ends_the_command(monkeypatch, capsys):
     assert "lora, float32: PEFT must compute what ours does" in capsys.readouterr().err
 
 
+def test_what_was_measured_before_an_interruption_is_kept(monkeypatch, tmp_path, capsys):
+    rows, run = [], decoder.run
+
+    def once(row, **options):
+        if rows:
+            raise KeyboardInterrupt
+        rows.append(row)
+        return run(row, **options)
+
+    monkeypatch.setattr(decoder, "run", once)
+    output = tmp_path / "model.json"
+    assert bench(*WORDS, "--methods", "lora", "ssb", "--dtype", "float32", "--rank", 4,
+                 "--rounds", 1, "--output", output) == 130  # fmt: skip
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["method"] == "lora"
+
+
 def test_gradients_of_checkpointed_models_are_those_of_plain_ones():
     plain, again = (build(one_row("lora", checkpointing=(k,)))[OURS] for k in ("none", "block"))
     for trainee in (plain, again):

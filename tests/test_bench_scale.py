@@ -364,6 +364,18 @@ def test_bad_input_is_refused_before_any_work(words, message, capsys, monkeypatc
     assert message in said and said.count("\n") == 1
 
 
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ranks.RanksFailed("rank 1 of 2: gone")
+
+    monkeypatch.setattr(ranks, "run", fail)
+    output = tmp_path / "scale.json"
+    assert bench("--axes", "M", "ranks", "--methods", "ssb", "--shape", "8,16,24", "--sizes",
+                 "M=8", "--rounds", 1, "--no-peer", "--output", output) == 1  # fmt: skip
+    assert "rank 1 of 2: gone" in capsys.readouterr().err
+    assert [row["label"] for row in json.loads(output.read_text())["rows"]] == ["ssb, M = 8"]
+
+
 @pytest.mark.parametrize("text", ["M", "M=", "M=1,x", "M=0", "W=1,2", "M=1,-2"])
 def test_wrong_sizes_are_refused(text, capsys):
     with pytest.raises(SystemExit):

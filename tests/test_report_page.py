@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,7 +10,20 @@ from pathlib import Path
 import pytest
 
 import generate_tables
-from decomp_kernels.bench import gains, gains_picture, page, rerun, suites
+from decomp_kernels.bench import (
+    decoder,
+    gains,
+    gains_picture,
+    growth,
+    layer_tables,
+    layers,
+    model_tables,
+    page,
+    ranks,
+    rerun,
+    scale_tables,
+    suites,
+)
 from decomp_kernels.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -198,7 +212,6 @@ def test_places_that_hold_nothing_are_named(tmp_path, capsys):
 
 def test_a_command_of_a_row_is_accepted_by_the_command_line(monkeypatch):
     """Every command that the page shows of decomp-kernels: its options are there."""
-    import shlex
 
     from decomp_kernels.cli import main as program
 
@@ -212,6 +225,57 @@ def test_a_command_of_a_row_is_accepted_by_the_command_line(monkeypatch):
             else:
                 assert words[0] == "python"
                 assert (ROOT / words[1]).exists()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        (
+            "layer --methods lora dora --shape 8,16,24 --dropout 0.25 --adapter-dtype base float32 "
+            "--bias no yes --impls auto --no-peer --rank 3 --dtype bfloat16"
+        ),
+        (
+            "scale --methods ssb lora --axes M ranks --sizes M=4,8 --sizes ranks=1,2 "
+            "--shape 8,24,16 --rank 3 --layers 5 --no-peer"
+        ),
+        (
+            "model --methods lora --hidden 32 --layers 1 --heads 4 --kv-heads 2 --intermediate 48 "
+            "--vocab 64 --batch 2 --sequence 8 --targets q_proj up_proj --dropout 0.25 --rank 3 "
+            "--dtype float32 --checkpointing block"
+        ),
+    ],
+)
+def test_a_command_asks_for_the_rows_that_the_file_has(asked, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(layers, "run", lambda given, **_: measured.append(given) or plain(given))
+    monkeypatch.setattr(growth, "run", lambda given, **_: measured.append(given) or plain(given))
+    monkeypatch.setattr(
+        ranks, "run", lambda given, **_: measured.extend(given) or [plain(one) for one in given]
+    )
+    monkeypatch.setattr(decoder, "run", lambda given, **_: measured.append(given) or plain(given))
+    for shown in (layer_tables, scale_tables, model_tables):
+        monkeypatch.setattr(shown, "tables", lambda _: [])
+        monkeypatch.setattr(shown, "progress", lambda _: "", raising=False)
+    monkeypatch.setattr("decomp_kernels.cli.bench.scale._progress", lambda *_: None)
+    file = tmp_path / "made.json"
+    assert main(["bench", *asked.split(), "--output", str(file)]) == 0
+    first, made = list(measured), json.loads(file.read_text())
+    measured.clear()
+    words = shlex.split(rerun.command(made))
+    assert main(words[1:]) == 0
+    assert measured == first
+    if words[2] != "model":  # whose rows are not asked for one by one
+        for one, given in zip(made["rows"], first, strict=True):
+            measured.clear()
+            assert main(shlex.split(rerun.of_row(made, one))[1:]) == 0
+            assert given in measured
+
+
+def plain(given):
+    """What a row of any suite says of what it is."""
+    words = vars(given) | {"label": given.label, "seconds": 0.0, "contenders": {}}
+    words |= {"size": vars(given.size)} if given.__class__.__module__.endswith("decoder") else {}
+    return words | ({"options": dict(given.options)} if "options" in words else {})
 
 
 def test_a_line_names_its_own_command():

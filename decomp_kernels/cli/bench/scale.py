@@ -79,22 +79,33 @@ def run(args: argparse.Namespace) -> int:
     on_gpu = device_of(args).type == "cuda"
     todo = _points(args, on_gpu)
     check_memory(max(map(growth.least_bytes, todo)), device_of(args))
-    protocol = protocol_of(args) | {"peer": not args.no_peer, "timeout": args.timeout}
+    protocol = protocol_of(args) | {
+        "peer": not args.no_peer,
+        "timeout": args.timeout,
+        "shape": args.shape or _usual_shape(args, on_gpu),
+        "rank": args.rank,
+        "layers": args.layers,
+    }
     measured: list[dict[str, Any]] = []
     started = time.monotonic()
     for row in _rows(todo, protocol):
         measured.append(row)
+        if args.output is not None:  # a run that ends early keeps what it has
+            record.write(args.output, record.document("scale", protocol, measured))
         _progress(len(measured), len(todo), row, time.monotonic() - started)
     content = record.document("scale", protocol, measured)
     print(headline(content))
     print(f"\n{texts(scale_tables.tables(content))}")
     if args.output is not None:
-        record.write(args.output, content)
         print(f"written: {args.output}")
     if args.picture is not None:
         scale_tables.picture(content, args.picture)
         print(f"written: {args.picture}")
     return 0
+
+
+def _usual_shape(args: argparse.Namespace, on_gpu: bool) -> tuple[int, int, int]:
+    return QUICK_SHAPE if args.quick else GPU_SHAPE if on_gpu else SHAPE
 
 
 def _points(args: argparse.Namespace, on_gpu: bool) -> list[Point]:
@@ -109,12 +120,11 @@ def _points(args: argparse.Namespace, on_gpu: bool) -> list[Point]:
             f"ranks on {args.device} must be at most the number of GPUs here, {gpus}, got "
             f"{max(wanted['ranks'])}; give --sizes ranks=..., or leave ranks out of --axes"
         )
-    usual = QUICK_SHAPE if args.quick else GPU_SHAPE if on_gpu else SHAPE
     try:
         todo = list(
             growth.points(
                 dict.fromkeys(args.methods), dict.fromkeys(args.axes), wanted,
-                shape=args.shape or usual, r=args.rank, layers=args.layers,
+                shape=args.shape or _usual_shape(args, on_gpu), r=args.rank, layers=args.layers,
                 dtype=args.dtype or ("bfloat16" if on_gpu else "float32"),
             )
         )  # fmt: skip
