@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.testing._internal.logging_tensor import LoggingTensorMode, capture_logs
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import decomp_kernels as dk
 from decomp_kernels import dispatch, native_library
@@ -164,6 +166,47 @@ def test_checkpointing(reentrant):
     plain = torch.autograd.grad(call(x).square().sum(), leaves)
     checkpoint(call, x, use_reentrant=reentrant).square().sum().backward()
     assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, plain, strict=True))
+
+
+def test_what_watches_library_calls_is_shown_the_products(monkeypatch):
+    def products(terms):
+        x, weight, factors = case(terms, torch.float32)
+        with LoggingTensorMode(), capture_logs() as lines:
+            dk.decomposed_linear(x, weight, **factors).sum().backward()
+        return [call for line in lines for call in re.findall(r"aten\.\w*mm_?\.\w+", line)]
+
+    sets = [(), ("bias",), ("in_scale", "out_scale"), ("bias", "low_rank")]
+    seen = [products(terms) for terms in sets]
+    monkeypatch.setattr(native_library, "autograd_node", lambda: None)
+    assert seen == [products(terms) for terms in sets]
+    assert seen[1] == ["aten.addmm.default", "aten.mm.default"]
+
+
+def test_selective_checkpointing_is_never_wrong_in_silence():
+    x, weight, factors = case(("low_rank", "out_scale"), torch.float32)
+    products = [torch.ops.aten.mm.default]  # to be kept: the base GEMM then adds to one of them
+
+    def call(x):
+        return dk.decomposed_linear(x, weight, **factors).tanh()
+
+    def contexts():
+        return create_selective_checkpoint_contexts(products)
+
+    y = checkpoint(call, x, use_reentrant=False, context_fn=contexts)
+    with pytest.raises(RuntimeError, match="has been mutated"):
+        y.sum().backward()
+
+
+def test_the_node_called_by_hand():
+    x, weight, factors = case(("bias", "low_rank", "out_scale"), torch.float32)
+    y = dk.decomposed_linear(x, weight, **factors)
+    dy = torch.randn(y.shape)
+    found = [grad for grad in y.grad_fn(dy) if grad is not None]  # in grad mode, outside the engine
+    bias, down, up, out_scale = factors.values()
+    expected = torch.autograd.grad(y, [x, bias, down, up, out_scale], dy)
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        found[0].sum().backward()
 
 
 def test_autocast_round_backward_changes_nothing():
