@@ -12,6 +12,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 import decomp_kernels as dk
 from decomp_kernels import dispatch, native_library
+from decomp_kernels.bench.engine import Contender
+from decomp_kernels.bench.memory import peak_bytes
 from decomp_kernels.methods.base import METHODS
 
 pytestmark = pytest.mark.skipif(
@@ -153,6 +155,30 @@ def test_it_keeps_what_the_gradients_asked_for_need():
     assert kept(down=True) == [(5, K)]
     assert kept(up=True) == [(5, R)]
     assert kept(out_scale=True) == [(5, N)]
+
+
+@pytest.mark.parametrize("lacking", [(), ("down", "up"), ("x",)], ids=str)
+def test_its_peak_is_that_of_library_calls(lacking, monkeypatch):
+    x, weight, factors = case(("low_rank",), torch.float32, (64,))
+    for name, leaf in (("x", x), *factors.items()):
+        leaf.requires_grad_(name not in lacking)
+
+    def reset():
+        for leaf in (x, *factors.values()):
+            leaf.grad = None
+
+    def peak():
+        def forward():
+            return dk.decomposed_linear(x, weight, scale=1.7, **factors)
+
+        def backward(y):
+            y.sum().backward()
+
+        return peak_bytes(Contender("", forward, backward, reset), x.device)
+
+    ours = peak()
+    monkeypatch.setattr(native_library, "autograd_node", lambda: None)
+    assert 0 < ours <= peak()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

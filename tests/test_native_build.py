@@ -62,7 +62,7 @@ def test_another_torch_compiles_the_autograd_node_anew_and_no_kernel():
         "sys.argv = ['setup.py', '--version']\n"
         "made = runpy.run_path('setup.py')\n"
         "for torch.__version__ in ('2.11.0', '2.12.0'):\n"
-        "    print(made['ninja_file'](made['PLAN'], Path('library.so'), Path('module.so')), end='#')"
+        "    print(made['ninja_file'](made['PLAN'], Path('one.so'), Path('two.so')), end='#')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     files = done.stdout.split("#")

@@ -183,8 +183,8 @@ std::array<Tensor, kInputs> gradients(const Tensor& dys, const variable_list& sa
   const bool need_dt = need_dX || need[kDown];
   const bool after = dy.element_size() == 2;  // dispatch.base_gemm_first
   if (down.defined()) {
-    const Tensor v = need[kUp] ? times(t, core, scale) : Tensor();
-    Tensor u;
+    Tensor u, v;
+    if (need[kUp]) v = times(t, core, scale);
     if (need_dt || need[kCore]) {
       const bool by_column = out_scale.defined();
       u = skinny(dy, by_column ? scaled(up, out_scale.unsqueeze(1)) : up);
@@ -196,6 +196,7 @@ std::array<Tensor, kInputs> gradients(const Tensor& dys, const variable_list& sa
     }
     if (need_dt) {
       dt = times(u, core, scale);
+      u.reset(), v.reset();  // what follows is made without them
       if (need[kDown]) found[kDown] = scaled(at::mm(dt.t(), x), in_scale);
       if (need_dX && !after) dX = at::mm(dt, down);
     }
