@@ -32,6 +32,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 PACKAGE = "decomp_kernels.kernels.native"
 LIBRARY = "libdecomp_kernels_native.so"
+AUTOGRAD = "libdecomp_kernels_autograd.so"  # for this PyTorch alone: its autograd is not stable
 RECORD = "build.json"
 ABI_TARGET = "2.11"  # the oldest PyTorch that is supported
 ABI_MACRO = "0x020b000000000000"
@@ -62,6 +63,9 @@ class Plan:
         self.nvcc = shutil.which("nvcc") if self.archs else None
         self.cutlass = self._cutlass() if "90a" in self.archs else None
         self.instances = self._instances()
+        self.autograd: dict[str, object] = {}  # what is recorded of csrc/autograd
+        if why := self.missing.get("host kernels"):
+            self.missing["autograd node"] = why
         if self.missing.get("host kernels") and REQUIRED:
             raise SystemExit(f"the native library cannot be built: {self.missing['host kernels']}")
 
@@ -136,7 +140,8 @@ class Plan:
         self.missing["device kernels"] = why
 
     def record(self) -> dict[str, object]:
-        return {"built": bool(self.compiler), "cuda_archs": self.archs, "missing": self.missing}
+        built = {"built": bool(self.compiler), "cuda_archs": self.archs, "missing": self.missing}
+        return built | self.autograd
 
 
 def _archs_at_hand() -> list[str]:
@@ -162,11 +167,21 @@ class BuildNative(build_ext):
             failure = _compile(library, module)
         if failure and REQUIRED:
             raise SystemExit(f"the native library could not be built: {failure}")
+        autograd = library.with_name(AUTOGRAD)
+        unbuilt = failure or _compile(library, module, autograd)
+        if unbuilt and REQUIRED:
+            raise SystemExit(f"the autograd node could not be built: {unbuilt}")
+        if unbuilt:
+            autograd.unlink(missing_ok=True)
+            PLAN.missing["autograd node"] = unbuilt
+        else:
+            PLAN.autograd = {"torch": _torch_version(), "autograd_bytes": autograd.stat().st_size}
         record = PLAN.record()
         if failure:
             for old in (library, module):  # never an old library under a new record
                 old.unlink(missing_ok=True)
-            record |= {"built": False, "cuda_archs": [], "missing": {"host kernels": failure}}
+            lacking = {"host kernels": failure, "autograd node": failure}
+            record |= {"built": False, "cuda_archs": [], "missing": lacking}
             print(f"decomp_kernels: without host kernels: {failure}", file=sys.stderr)
         else:
             record["bytes"] = library.stat().st_size
@@ -178,19 +193,19 @@ class BuildNative(build_ext):
             return
         built, home = Path(self.build_lib, *PACKAGE.split(".")), ROOT.joinpath(*PACKAGE.split("."))
         modules = {Path(self.get_ext_filename(ext.name)).name for ext in self.extensions}
-        for name in (*modules, LIBRARY, RECORD):
+        for name in (*modules, LIBRARY, AUTOGRAD, RECORD):
             (home / name).unlink(missing_ok=True)  # a library that is loaded keeps its own file
             if (built / name).exists():
                 shutil.copy(built / name, home / name)
 
     def get_outputs(self) -> list[str]:
         listed = [Path(path).parent / name for path in super().get_outputs()
-                  for name in (Path(path).name, LIBRARY, RECORD)]  # fmt: skip
+                  for name in (Path(path).name, LIBRARY, AUTOGRAD, RECORD)]  # fmt: skip
         return [str(path) for path in listed if path.exists()]
 
 
-def _compile(library: Path, module: Path) -> str | None:
-    """Run ninja; None, or what went wrong."""
+def _compile(library: Path, module: Path, *targets: Path) -> str | None:
+    """Run ninja, for ``targets`` or for what every machine can build; None, or what went wrong."""
     build = ROOT.resolve() / "build" / "native"  # kept: only what has changed is compiled
     build.mkdir(parents=True, exist_ok=True)
     (build / "build.ninja").write_text(ninja_file(PLAN, library, module))
@@ -200,7 +215,7 @@ def _compile(library: Path, module: Path) -> str | None:
     program = shutil.which("ninja")
     ninja = [program] if program else [sys.executable, "-m", "ninja"]
     made = subprocess.run(
-        [*ninja, "-C", str(build), *(["-j", jobs] if jobs else [])],
+        [*ninja, "-C", str(build), *(["-j", jobs] if jobs else []), *map(str, targets)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     log = build / "build.log"
@@ -221,7 +236,8 @@ class BuildPython(build_py):
             folder = Path(*PACKAGE.split("."))
             folder = (ROOT if self.editable_mode else Path(self.build_lib)) / folder
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / LIBRARY).unlink(missing_ok=True)
+            for name in (LIBRARY, AUTOGRAD):
+                (folder / name).unlink(missing_ok=True)
             _write_record(folder / RECORD, PLAN.record())
 
 
@@ -307,7 +323,28 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
         f"build build_info.o: cxx {_ninja(csrc / 'build_info.cpp')}\n flags = {python} {macros}"
     )
     lines.append(f"build {_ninja(module)}: link build_info.o\n flags = ")
+    lines.append(f"default {_ninja(library)} {_ninja(module)}")
+    # ninja does not see that torch's headers change: with its version in the command, another torch
+    # compiles anew, instead of an old library under a new record.
+    unstable = (
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())} {torch_includes} "
+        f"'-DDK_TORCH=\"{torch.__version__}\"'"
+    )
+    objects.clear()
+    for source in sorted((csrc / "autograd").glob("*.cpp")):
+        compile_(source, f"autograd_{source.stem}", "cxx", unstable)
+    autograd = library.with_name(AUTOGRAD)
+    lines.append(
+        f"build {_ninja(autograd)}: link {' '.join(objects)}\n flags = {LDFLAGS} "
+        f"-L'{torch_home / 'lib'}' -ltorch_cpu -ltorch -lc10"
+    )
     return "\n".join(lines) + "\n"
+
+
+def _torch_version() -> str:
+    import torch
+
+    return str(torch.__version__)
 
 
 def _ninja(path: Path) -> str:

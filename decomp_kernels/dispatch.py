@@ -76,6 +76,20 @@ def fastest(x: Tensor, has: Container[str], work: Callable[[], Work] | None) -> 
     return chosen if chosen in has and why_not(x, chosen) is None else "aten"
 
 
+def library_calls(x: Tensor, impl: str, work: Callable[[], Work]) -> bool:
+    """Whether ``choose`` takes library calls forward and backward.  work: that of the forward."""
+    if impl == "auto" and VARIABLE in os.environ:
+        impl = named(impl)
+    if impl != "auto":
+        return impl == "aten"
+    arch = architecture(x.device)
+    if arch == ANY:
+        return True
+    forward = work()
+    backward = forward._replace(direction="backward")
+    return all(measured_choice(arch, one).impl == "aten" for one in (forward, backward))
+
+
 def decide(
     impl: str,
     has: Container[str],

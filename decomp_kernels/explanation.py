@@ -274,7 +274,7 @@ def _map_size(m: WeightMap) -> int:
 
 
 def _tensors(factors: Factors) -> list[Tensor]:
-    own = [value for value in vars(factors).values() if isinstance(value, Tensor)]
+    own = [value for value in factors if isinstance(value, Tensor)]
     mapped = factors.weight_map.named_tensors().values() if factors.weight_map else ()
     return [*own, *mapped]
 

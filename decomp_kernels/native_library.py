@@ -1,6 +1,8 @@
 """The native library of csrc/: what was built of it, and loading it on first use.
 
-Loaded, it registers its operators in the namespace decomp_kernels_native.
+Loaded, it registers its operators in the namespace decomp_kernels_native.  Beside it stands the
+library of csrc/autograd, with one operator that is its own autograd node; that one serves no other
+PyTorch than the one it was built with.
 """
 
 import json
@@ -15,6 +17,7 @@ import torch
 
 _FOLDER = Path(__file__).parent / "kernels" / "native"
 PATH = _FOLDER / "libdecomp_kernels_native.so"
+AUTOGRAD = "libdecomp_kernels_autograd.so"
 OPERATORS = (
     "cpu_level", "cpu_has_matrix_tiles", "down_projection", "column_walk", "up_expansion",
     "fused_forward", "fused_input_gradient", "squared_rows", "row_norm_fwd", "row_norm_bwd",
@@ -38,6 +41,32 @@ def why_not_loaded() -> str | None:
     if lacking:
         return f"{PATH.name} is of another version, without {lacking[0]}: build it again"
     return None
+
+
+@cache
+def why_not_autograd() -> str | None:
+    """None where the library of csrc/autograd is loaded; else what is missing."""
+    path = PATH.with_name(AUTOGRAD)
+    if not path.exists():
+        why = missing().get("autograd node", "pip install --no-build-isolation . builds it")
+        return f"the compiled autograd node was not built ({why})"
+    if (built := record().get("torch")) != torch.__version__:
+        return f"{path.name} is for PyTorch {built}, and this is {torch.__version__}: build again"
+    if record().get("autograd_bytes") != path.stat().st_size:
+        return f"{path.name} is not the one that was built: build it again"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"{path.name} does not load: {error}"
+    return None
+
+
+@cache
+def autograd_node() -> Any:
+    """The operator decomposed_linear of csrc/autograd; None where it is not there."""
+    if why_not_autograd():
+        return None
+    return torch.ops.decomp_kernels_autograd.decomposed_linear.default
 
 
 @cache

@@ -134,13 +134,25 @@ class Calls:
 
     def __enter__(self):
         self.count, self._kept = 0, operator._forward
+        self._node = operator.autograd_node
 
         def counted(*arguments):
             self.count += 1
             return self._kept(*arguments)
 
-        operator._forward = counted
+        def chosen(*arguments):
+            node = self._node(*arguments)
+            return node and counted_node(node)
+
+        def counted_node(node):
+            def run(*arguments):
+                self.count += 1
+                return node(*arguments)
+
+            return run
+
+        operator._forward, operator.autograd_node = counted, chosen
         return self
 
     def __exit__(self, *_):
-        operator._forward = self._kept
+        operator._forward, operator.autograd_node = self._kept, self._node

@@ -30,8 +30,8 @@ SHOWN = (  # the methods that most people train, and SSB, the paper's own
     ("vera", 0.0, False),
     ("oft", 0.0, False),
 )
-SAME = ("device", "threads", "clock")  # of the protocol
-MACHINE = ("cpu", "cores", "instruction_set", "system", "gpus")  # its load and clocks change
+SAME = ("device", "threads", "clock")
+SAME_MACHINE = ("cpu", "cores", "gpus")  # its clocks and its load are never the same twice
 MORE_MEMORY = 1.05  # a peak this much above PEFT's is said
 
 
@@ -64,9 +64,12 @@ def alike(contents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = [content for content in contents if content["suite"] == "layer"]
     found.sort(key=lambda content: -len(content["rows"]))
-    parts = (("machine", MACHINE), ("protocol", SAME))
     how = [
-        [content[part].get(name) for part, names in parts for name in names] for content in found
+        [
+            *(content["machine"].get(name) for name in SAME_MACHINE),
+            *(content["protocol"].get(name) for name in SAME),
+        ]
+        for content in found
     ]
     return [content for content, one in zip(found, how, strict=True) if one == how[0]]
 

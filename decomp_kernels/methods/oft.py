@@ -148,6 +148,10 @@ def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
     if terms == 2:
         return R
     last = max(terms - 1, 3)
+    if last == 4:  # the default: (I + Q)^2 (I + Q^2), with one product less
+        square = Q @ Q
+        twice = R + square
+        return torch.baddbmm(twice, twice, square)
     power = Q
     for exponent in range(2, last + 1):
         power = power @ Q

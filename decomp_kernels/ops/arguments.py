@@ -80,7 +80,8 @@ def check_arguments(
         _check_term("addend", addend, (*x.shape[:-1], N), x)
     if weight.device != x.device:
         raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
-    if down is not None and up is not None and autocast_dtype(x) is None:
+    one_dtype = down is None or up is None or down.dtype == up.dtype == x.dtype
+    if not one_dtype and down is not None and up is not None and autocast_dtype(x) is None:
         if down.dtype != up.dtype:
             raise TypeError(f"down and up must have one dtype, got {down.dtype} and {up.dtype}")
         if down.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32)):

@@ -15,6 +15,7 @@ from decomp_kernels.kernels.aten import decomposed_linear as aten
 from decomp_kernels.kernels.columns import scale_columns
 from decomp_kernels.ops.arguments import check_arguments, check_seed
 from decomp_kernels.ops.autocast import autocast_dtype, outside_autocast
+from decomp_kernels.ops.autograd_node import autograd_node
 from decomp_kernels.ops.base_weight import (
     Options,
     acts_on_input,
@@ -360,6 +361,12 @@ def decomposed_linear(
         dropout, seed = 0.0, None
     elif seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
+    if weight_map is None and addend is None and seed is None and not save_output:
+        node = autograd_node(
+            x, (weight, bias, down, up, core, in_scale, out_scale), activation, impl
+        )
+        if node is not None:
+            return node(x, weight, bias, down, up, core, in_scale, out_scale, scale)
     named = weight_map.named_tensors() if weight_map is not None else {}
     codes, *scales = weight.tensors() if isinstance(weight, QuantizedWeight) else (weight,)
     options = Options(
