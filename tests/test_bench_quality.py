@@ -403,6 +403,9 @@ def test_resumes_where_it_was_stopped(encoder, pairs, tmp_path, monkeypatch, cap
     capsys.readouterr()
     assert bench(*given, "--only-seeds", 0, "--steps", 9, "--output", part, "--resume") == 2
     assert "was made with steps = 6, and this run has 9" in capsys.readouterr().err
+    part.write_text(part.read_text().replace(record.machine()["cpu"], "another chip"))
+    assert bench(*given, "--only-seeds", 0, "--output", part, "--resume") == 2
+    assert "is of another chip, this one is" in capsys.readouterr().err
 
 
 def test_validation_rows_are_neither_trained_on_nor_tested(encoder, pairs, monkeypatch, tmp_path):
