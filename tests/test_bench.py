@@ -399,6 +399,7 @@ def test_goals_of_another_kind_are_refused(text, tmp_path, capsys):
     (("--methods", "pissa", "--shape", "8,4,16"), "pissa on 4 x 16: r must be at most min("),
     (("--methods", "lora", "--dtype", "float32", "--adapter-dtype", "float32"), "got none"),
     (("--methods", "lora", "--shape", "8,9000000,9000000"), "got some that need at least"),
+    (("--threads", 100_000), "--threads must be at most the "),
     (("--device", "meta"), "--device meta needs a device that PyTorch sees"),
     (("--seed", 2**70), "--seed must be a number of at most 64 bits"),
 ])  # fmt: skip

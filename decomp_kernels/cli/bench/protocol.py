@@ -47,6 +47,9 @@ def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
             f"got --threads {args.threads} and --device {args.device}"
         )
     device_of(args)
+    cores = os.cpu_count() or 1
+    if args.threads is not None and args.threads > cores:
+        raise BadInput(f"--threads must be at most the {cores} cores here, got {args.threads}")
     try:
         torch.Generator().manual_seed(args.seed)
     except (RuntimeError, ValueError, OverflowError):
