@@ -161,9 +161,14 @@ def test_resume_keeps_what_is_there_and_measures_the_rest(tmp_path, capsys):
     assert bench(*words, "--methods", "ssb", "--rank", 8) == 2
     message = capsys.readouterr().err
     assert "same protocol" in message and "has rank 16, asked for is rank 8" in message
-    output.write_text(output.read_text().replace(record.machine()["cpu"], "another chip"))
+    text = output.read_text()
+    output.write_text(text.replace(record.machine()["cpu"], "another chip"))
     assert bench(*words, "--methods", "ssb") == 2
     assert "is of another chip, this one is" in capsys.readouterr().err
+    older = json.loads(text) | {"versions": {"torch": "1.0"}}
+    output.write_text(json.dumps(older))
+    assert bench(*words, "--methods", "ssb") == 2
+    assert "is of torch 1.0, this one is torch " in capsys.readouterr().err
     assert bench(*words[:-2], "--methods", "ssb") == 2
     assert "--resume needs --output FILE.json" in capsys.readouterr().err
 
@@ -398,6 +403,7 @@ def test_goals_of_another_kind_are_refused(text, tmp_path, capsys):
     (("--methods", "pissa", "--shape", "8,4,16"), "pissa on 4 x 16: r must be at most min("),
     (("--methods", "lora", "--dtype", "float32", "--adapter-dtype", "float32"), "got none"),
     (("--methods", "lora", "--shape", "8,9000000,9000000"), "got some that need at least"),
+    (("--threads", 100_000), "--threads must be at most the "),
     (("--device", "meta"), "--device meta needs a device that PyTorch sees"),
     (("--seed", 2**70), "--seed must be a number of at most 64 bits"),
 ])  # fmt: skip

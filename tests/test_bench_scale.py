@@ -12,7 +12,7 @@ import numpy
 import pytest
 import torch
 
-from decomp_kernels.bench import engine, growth, ranks, scale_tables
+from decomp_kernels.bench import engine, growth, ranks, record, scale_tables
 from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
 from decomp_kernels.bench.exponents import fit
@@ -374,6 +374,19 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsy
                  "M=8", "--rounds", 1, "--no-peer", "--output", output) == 1  # fmt: skip
     assert "rank 1 of 2: gone" in capsys.readouterr().err
     assert [row["label"] for row in json.loads(output.read_text())["rows"]] == ["ssb, M = 8"]
+
+
+def test_another_suites_file_is_not_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "run", lambda *_, **__: pytest.fail("it measured"))
+    words = ("--axes", "M", "--methods", "ssb", "--shape", "8,16,24", "--sizes", "M=8")
+    output = tmp_path / "layer.json"
+    for text in (json.dumps(record.document("layer", {}, [])), "notes"):
+        output.write_text(text)
+        assert bench(*words, "--output", output) == 2
+        assert "--output is there already, and" in capsys.readouterr().err
+        assert output.read_text() == text
+    assert bench(*words, "--output", tmp_path / "a", "--picture", tmp_path / "a") == 2
+    assert "--output and --picture must be two files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["M", "M=", "M=1,x", "M=0", "W=1,2", "M=1,-2"])

@@ -24,6 +24,7 @@ from decomp_kernels.bench import (
     scale_tables,
     suites,
 )
+from decomp_kernels.bench.tables import headline
 from decomp_kernels.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -326,6 +327,12 @@ def test_the_headline_has_the_ratios_of_the_file():
         "method": "dora", "ours": "1.30", "PEFT": "2.60", "PEFT / ours": "**2.00** [2.00, 2.00]",
         "peak MiB: ours": "5.0", "peak MiB: PEFT": "6.0", "peak MiB: frozen": "4.0",
     }  # fmt: skip
+
+
+def test_the_headline_names_every_commit_whose_rows_are_there():
+    rows = [row() | {"commit": "a" * 40}, row() | {"commit": "b" * 40}]
+    assert f"commit {'a' * 12}, {'b' * 12}, 2026" in headline(content(rows=rows))
+    assert "commit c0ffee, 2026" in headline(content(rows=[row()]))
 
 
 def test_files_measured_otherwise_do_not_mix():

@@ -18,6 +18,7 @@ PARTS = {  # of a file, and of what kind each is
     "suite": str, "date": str, "commit": str | None, "machine": dict, "versions": dict,
     "protocol": dict, "rows": list,
 }  # fmt: skip
+DECIDING = ("torch", "triton", "peft", "transformers")  # a result is theirs as well as ours
 PACKAGES = (
     "decomp_kernels", "torch", "triton", "peft", "transformers", "numpy",
     "bitsandbytes", "torchao", "axolotl", "unsloth",
@@ -86,6 +87,24 @@ def read(path: Path, suite: str | None = None) -> dict[str, Any]:
             "name another file"
         )
     return content
+
+
+def check_same_place(content: dict[str, Any], path: Path) -> None:
+    """ValueError where the file was measured on another processor or with other packages, under
+    whose name a document made now would put its rows.
+    """
+    was = {"cpu": content["machine"].get("cpu")} | {n: content["versions"].get(n) for n in DECIDING}
+    now = {"cpu": machine()["cpu"]} | {name: versions().get(name) for name in DECIDING}
+    for what in was:
+        if was[what] != now[what]:
+            raise ValueError(
+                f"--resume needs the same machine and packages: {path} is of {_said(what, was)}, "
+                f"this one is {_said(what, now)}; name another --output"
+            )
+
+
+def _said(what: str, found: dict[str, str | None]) -> str:
+    return str(found[what]) if what == "cpu" else f"{what} {found[what] or 'missing'}"
 
 
 def versions() -> dict[str, str]:

@@ -195,14 +195,9 @@ def _earlier(args: argparse.Namespace, protocol: dict[str, Any]) -> list[dict[st
     try:
         content = record.read(path, SUITE)
         layer_tables.check(content["rows"])
+        record.check_same_place(content, path)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    cpu = content["machine"].get("cpu"), record.machine()["cpu"]
-    if cpu[0] != cpu[1]:
-        raise BadInput(
-            f"--resume needs the same machine: {path} is of {cpu[0]}, this one is {cpu[1]}; name "
-            "another --output"
-        )
     now = json.loads(json.dumps(protocol))
     names = {*now, *content["protocol"]}
     other = sorted(name for name in names if now.get(name) != content["protocol"].get(name))

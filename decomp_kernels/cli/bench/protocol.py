@@ -47,6 +47,9 @@ def protocol_of(args: argparse.Namespace) -> dict[str, Any]:
             f"got --threads {args.threads} and --device {args.device}"
         )
     device_of(args)
+    cores = os.cpu_count() or 1
+    if args.threads is not None and args.threads > cores:
+        raise BadInput(f"--threads must be at most the {cores} cores here, got {args.threads}")
     try:
         torch.Generator().manual_seed(args.seed)
     except (RuntimeError, ValueError, OverflowError):
@@ -95,10 +98,19 @@ def check_memory(least: int, device: torch.device) -> None:
 
 
 def check_places(args: argparse.Namespace) -> None:
-    """Make the folders of what will be written, before the work."""
+    """Make the folders of what will be written, before the work; nothing but an older file of the
+    same suite is written over.
+    """
     for path in (args.output, args.picture):
         if path is not None:
             record.check_place(path)
+    if args.output is not None and args.output == args.picture:
+        raise BadInput(f"--output and --picture must be two files, got {args.output} for both")
+    if args.output is not None and args.output.exists():
+        try:
+            record.read(args.output, args.suite)
+        except ValueError as error:  # another suite's results, or no results at all
+            raise BadInput(f"--output is there already, and {error}") from None
 
 
 def clock_of(protocol: dict[str, Any]) -> engine.Clock:

@@ -242,7 +242,9 @@ def _earlier(args: argparse.Namespace) -> dict[str, Any] | None:
             f"{args.output} is there already: give --resume to go on with it, or another --output"
         )
     try:
-        return record.read(args.output, "quality")
+        content = record.read(args.output, "quality")
+        record.check_same_place(content, args.output)
+        return content
     except ValueError as error:
         raise BadInput(str(error)) from None
 
