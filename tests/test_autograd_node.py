@@ -279,6 +279,17 @@ def test_a_library_of_another_pytorch_is_not_loaded(folder, record, says):
     assert not compiled(dk.decomposed_linear(x, weight, **factors))
 
 
+def test_a_library_without_the_operator_is_not_used(folder, monkeypatch):
+    (folder / native_library.AUTOGRAD).write_bytes(b"not")
+    (folder / "build.json").write_text(
+        json.dumps({"torch": torch.__version__, "autograd_bytes": 3})
+    )
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.ops, "decomp_kernels_autograd", object(), raising=False)
+    assert "is of another version" in native_library.why_not_autograd()
+    assert native_library.autograd_node() is None
+
+
 def test_what_the_node_itself_refuses():
     x, weight, factors = case(("low_rank",), torch.float32)
     node = native_library.autograd_node()
