@@ -76,18 +76,25 @@ def fastest(x: Tensor, has: Container[str], work: Callable[[], Work] | None) -> 
     return chosen if chosen in has and why_not(x, chosen) is None else "aten"
 
 
-def library_calls(x: Tensor, impl: str, work: Callable[[], Work]) -> bool:
-    """Whether ``choose`` takes library calls forward and backward.  work: that of the forward."""
+def both_ways(x: Tensor, impl: str, work: Callable[[], Work]) -> tuple[str | None, str | None]:
+    """What ``choose`` takes forward and backward, of library calls and the native library's forms.
+
+    work: that of the forward.  None where it takes another form, or raises.
+    """
     if impl == "auto" and VARIABLE in os.environ:
         impl = named(impl)
     if impl != "auto":
-        return impl == "aten"
+        able = impl == "aten" or (impl in NATIVE_FORMS and why_not_native(x, impl) is None)
+        return (impl, impl) if able else (None, None)
     arch = architecture(x.device)
     if arch == ANY:
-        return True
+        return "aten", "aten"
     forward = work()
-    backward = forward._replace(direction="backward")
-    return all(measured_choice(arch, one).impl == "aten" for one in (forward, backward))
+    ways = (
+        measured_choice(arch, one).impl for one in (forward, forward._replace(direction="backward"))
+    )
+    first, second = (way if why_not(x, way) is None else "aten" for way in ways)
+    return first, second
 
 
 def decide(

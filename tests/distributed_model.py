@@ -141,8 +141,8 @@ class Calls:
             return self._kept(*arguments)
 
         def chosen(*arguments):
-            node = self._node(*arguments)
-            return node and counted_node(node)
+            found = self._node(*arguments)
+            return found and (counted_node(found[0]), found[1])
 
         def counted_node(node):
             def run(*arguments):

@@ -1,4 +1,4 @@
-"""The compiled autograd node (csrc/autograd): library calls' bits, and what it leaves alone."""
+"""The compiled autograd node (csrc/autograd): its forms' bits, and what it leaves alone."""
 
 import itertools
 import json
@@ -33,28 +33,28 @@ def compiled(y):
     return type(y.grad_fn).__name__ == "CppFunction"
 
 
-def case(terms, dtype, lead=(5,)):
-    """x, weight, and the named factors."""
+def case(terms, dtype, lead=(5,), adapter=None):
+    """x, weight, and the named factors; down and up have the dtype ``adapter``, if given."""
     torch.manual_seed(3)
     wide = torch.promote_types(dtype, torch.float32)
     shapes = {"bias": (N,), "down": (R, K), "up": (N, R), "core": (R,), "in_scale": (K,),
               "out_scale": (N,)}  # fmt: skip
     named = [name for term in terms for name in (("down", "up") if term == "low_rank" else (term,))]
-    matrices = ("bias", "down", "up")
+    kinds = {"bias": dtype, "down": adapter or dtype, "up": adapter or dtype}
     made = {
-        name: torch.randn(shapes[name], dtype=dtype if name in matrices else wide).requires_grad_()
+        name: torch.randn(shapes[name], dtype=kinds.get(name, wide)).requires_grad_()
         for name in named
     }
     x = torch.randn(*lead, K, dtype=dtype).requires_grad_()
     return x, torch.randn(N, K, dtype=dtype), made
 
 
-def step(x, weight, factors, lacking=()):
+def step(x, weight, factors, lacking=(), **options):
     """The output, its node's kind, and the gradients of everything not in ``lacking``."""
     leaves = {"x": x, **factors}
     for name, leaf in leaves.items():
         leaf.requires_grad_(name not in lacking)
-    y = dk.decomposed_linear(x, weight, scale=1.7, **factors)
+    y = dk.decomposed_linear(x, weight, scale=1.7, **factors, **options)
     wanted = [leaf for name, leaf in leaves.items() if name not in lacking]
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(y.dtype)
     return y, [y.detach(), *(torch.autograd.grad(y, wanted, dy) if wanted else ())]
@@ -75,6 +75,59 @@ def test_the_bits_are_those_of_library_calls(terms, dtype, monkeypatch):
             for ours, theirs in zip(found, expected, strict=True):
                 assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
                 assert torch.equal(ours, theirs)
+
+
+NO_HOST_KERNELS = native_library.why_not_loaded() is not None
+host_kernels = pytest.mark.skipif(NO_HOST_KERNELS, reason=str(native_library.why_not_loaded()))
+LACKING = [
+    (),
+    ("x",),
+    ("x", "in_scale"),
+    ("down", "in_scale"),
+    ("up", "core"),
+    ("bias", "out_scale"),
+]
+
+
+@host_kernels
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kinds", [("float32", None), ("bfloat16", None), ("bfloat16", "float32")])
+@pytest.mark.parametrize("terms", SETS, ids="-".join)
+def test_the_bits_are_those_of_the_passes(terms, kinds, dropout, monkeypatch):
+    dtype, adapter = (kind and getattr(torch, kind) for kind in kinds)
+    options = {"dropout": dropout, "seed": torch.tensor(5), "impl": "native:passes"}
+    for lead in ((5,), (2, 3), (0,)):
+        x, weight, factors = case(terms, dtype, lead, adapter)
+        for lacking in LACKING:
+            y, found = step(x, weight, factors, lacking, **options)
+            monkeypatch.setattr(native_library, "autograd_node", lambda: None)
+            plain, expected = step(x, weight, factors, lacking, **options)
+            monkeypatch.undo()
+            assert compiled(y) or not y.requires_grad
+            assert not compiled(plain)
+            for ours, theirs in zip(found, expected, strict=True):
+                assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
+                assert torch.equal(ours, theirs)
+
+
+@host_kernels
+@pytest.mark.parametrize("native", ["forward", "backward"])
+def test_each_way_by_what_the_table_has_for_it(native, monkeypatch):
+    """Bits of both forms: y is of the forward's, gradients of the backward's."""
+    forms = {native: "native:passes"}
+
+    def table(arch, work):
+        return dispatch.Choice(forms.get(work.direction, "aten"), "measured")
+
+    monkeypatch.setattr(dispatch, "measured_choice", table)
+    x, weight, factors = case(("low_rank", "core", "out_scale"), torch.bfloat16, (40,))
+    y, found = step(x, weight, factors)
+    assert compiled(y)
+    with monkeypatch.context() as patch:
+        patch.setattr(native_library, "autograd_node", lambda: None)
+        assert all(map(torch.equal, found, step(x, weight, factors)[1]))
+    for impl in ("aten", "native:passes"):  # else the comparison says nothing
+        assert not all(map(torch.equal, found, step(x, weight, factors, impl=impl)[1]))
 
 
 def test_rows_that_do_not_lie_in_order(monkeypatch):
@@ -100,21 +153,24 @@ class Watched(torch.Tensor):
     "other",
     [
         "dropout", "activation", "addend", "float32 adapters", "trained weight", "autocast",
-        "subclass", "reference", "variable", "table",
+        "subclass", "reference", "variable", "table", "half by table",
     ],
 )  # fmt: skip
 def test_everything_else_stays_in_python(other, monkeypatch):
-    dtype = torch.bfloat16 if other == "float32 adapters" else torch.float32
+    """Dropout and float32 adapters: unless both directions are native."""
+    dtype = torch.bfloat16 if other in ("float32 adapters", "half by table") else torch.float32
     x, weight, factors = case(("low_rank",), dtype)
     options = {}
     if other == "dropout":
-        options["dropout"] = 0.5
+        options |= {"dropout": 0.5, "impl": "aten"}
     if other == "activation":
         options["activation"] = "relu"
     if other == "addend":
         options["addend"] = torch.randn(5, N)
-    if other == "float32 adapters":
+    if other in ("float32 adapters", "half by table"):
         factors = {name: factor.detach().float() for name, factor in factors.items()}
+    if other == "float32 adapters":
+        options["impl"] = "aten"
     if other == "trained weight":
         weight.requires_grad_()
     if other == "subclass":
@@ -123,11 +179,17 @@ def test_everything_else_stays_in_python(other, monkeypatch):
         options["impl"] = "reference"
     if other == "variable":
         monkeypatch.setenv(dispatch.VARIABLE, "reference")
-    if other == "table":
-        passes = dispatch.Choice("native:passes", "measured")
-        monkeypatch.setattr(dispatch, "measured_choice", lambda arch, work: passes)
-        if native_library.cpu_level() is None:
+    if other in ("table", "half by table"):
+        if NO_HOST_KERNELS:
             pytest.skip("no table without the native library")
+        forms = {"table": "triton:passes", "half by table": "native:passes"}
+
+        def table(arch, work):
+            forward = work.direction == "forward"
+            return dispatch.Choice("aten" if forward and other != "table" else forms[other], "")
+
+        monkeypatch.setattr(dispatch, "measured_choice", table)
+        monkeypatch.setattr(dispatch, "why_not_triton", lambda x: None)
     with torch.autocast("cpu", enabled=other == "autocast"):
         assert not compiled(dk.decomposed_linear(x, weight, **factors, **options))
 
@@ -182,12 +244,16 @@ def test_its_peak_is_that_of_library_calls(lacking, monkeypatch):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(reentrant):
+@pytest.mark.parametrize("form", ["aten", pytest.param("native:passes", marks=host_kernels)])
+def test_checkpointing(reentrant, form):
     x, weight, factors = case(("low_rank", "in_scale", "out_scale"), torch.float32)
     leaves = [x, *factors.values()]
+    options = {"dropout": 0.3, "seed": torch.tensor(5)} if form == "native:passes" else {}
 
     def call(x):
-        return dk.decomposed_linear(x, weight, **factors)
+        y = dk.decomposed_linear(x, weight, impl=form, **factors, **options)
+        assert compiled(y) or not torch.is_grad_enabled()
+        return y
 
     plain = torch.autograd.grad(call(x).square().sum(), leaves)
     checkpoint(call, x, use_reentrant=reentrant).square().sum().backward()
@@ -300,4 +366,9 @@ def test_what_the_node_itself_refuses():
         ((x, weight.requires_grad_(), None, down, up), "must be frozen"),
     ):
         with pytest.raises(RuntimeError, match=says):
-            node(*wrong, None, None, None, 1.0)
+            node(*wrong, None, None, None, None, 1.0, 0.0, 0)
+    weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="passes must be 3 there, got 1"):
+        node(x, weight, None, down, up, None, None, None, torch.tensor(5), 1.0, 0.5, 1)
+    with pytest.raises(RuntimeError, match="passes must be 3 there, got 2"):
+        node(x, weight, None, down.double(), up.double(), None, None, None, None, 1.0, 0.0, 2)

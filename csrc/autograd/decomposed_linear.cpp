@@ -1,40 +1,27 @@
-// y = out_scale * (X W^T + scale * ((X A^T) * core) B^T) + bias, X = x * in_scale, in one call.
+// y = out_scale * (X W^T + scale * ((drop(X) A^T) * core) B^T) + bias, X = x * in_scale, in one call.
 //
-// The composition of library calls of kernels/aten/decomposed_linear.py, call by call and so bit by
-// bit, with its autograd node: forward and backward without the interpreter between the calls, which
-// costs more than they do on a small layer (docs/performance.md).  Plain terms of one dtype on a CPU;
-// everything else stays in Python.  Gradients: reference/decomposed_linear.py.
+// The composition of library calls of kernels/aten/decomposed_linear.py, or where that is asked for
+// the passes of kernels/native/decomposed_linear.py (passes.h), call by call and so bit by bit, with
+// its autograd node: forward and backward without the interpreter between the calls, which costs more
+// than they do on a small layer (docs/performance.md).  On a CPU, without weight map, addend and
+// activation; dropout and a float32 branch on 16 bits by the passes alone.  Everything else stays in
+// Python.  Gradients: reference/decomposed_linear.py.
 //
 // A node of autograd is not on PyTorch's stable interface: this library is for the PyTorch that it
 // was built with, and kernels/native's serves every one (docs/native.md).
 
-#include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/library.h>
 
-#include <array>
-#include <optional>
-#include <tuple>
+#include "passes.h"
 
 namespace decomp_kernels {
 namespace {
 
-using at::Tensor;
 using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
-
-// The inputs that may need a gradient, in the order of the operator's arguments.
-enum Input { kX, kWeight, kBias, kDown, kUp, kCore, kInScale, kOutScale, kInputs };
-// What is kept beside the inputs.
-enum Kept { kT = kInputs, kZ, kAll };
-
-OptionalTensor given(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
-at::ScalarType wide(const Tensor& t) { return at::promote_types(t.scalar_type(), at::kFloat); }
 
 // Only the library's kernels run: no autograd, no tracking of views, no autocast.
 struct Quiet {
@@ -88,9 +75,8 @@ Tensor times(const Tensor& t, const Tensor& core, double scale) {
   return scale == 1.0 ? t : t * scale;
 }
 
-Tensor scaled(const Tensor& small, const Tensor& by) {
-  return by.defined() ? (small * by).to(small.scalar_type()) : small;
-}
+// Which directions run by the passes; the others by library calls.
+constexpr int64_t kForwardByPasses = 1, kBackwardByPasses = 2;
 
 // out += a b.  Below autograd nobody else counts the write, by which who keeps ``out`` (selective
 // checkpointing does) knows of it.
@@ -106,7 +92,8 @@ struct Node : torch::autograd::Function<Node> {
                         const OptionalTensor& bias, const OptionalTensor& down,
                         const OptionalTensor& up, const OptionalTensor& core,
                         const OptionalTensor& in_scale, const OptionalTensor& out_scale,
-                        double scale, bool differentiated);
+                        const OptionalTensor& seed, double scale, double dropout, int64_t passes,
+                        bool differentiated);
   static variable_list backward(AutogradContext* ctx, variable_list dys);
 };
 
@@ -114,11 +101,12 @@ Tensor Node::forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight
                      const OptionalTensor& bias_, const OptionalTensor& down_,
                      const OptionalTensor& up_, const OptionalTensor& core_,
                      const OptionalTensor& in_scale_, const OptionalTensor& out_scale_,
-                     double scale, bool differentiated) {
+                     const OptionalTensor& seed_, double scale, double dropout, int64_t passes,
+                     bool differentiated) {
   const Quiet quiet;
   const Tensor bias = bias_.value_or(Tensor()), down = down_.value_or(Tensor());
   const Tensor up = up_.value_or(Tensor()), core = core_.value_or(Tensor());
-  const Tensor in_scale = in_scale_.value_or(Tensor());
+  const Tensor in_scale = in_scale_.value_or(Tensor()), seed = seed_.value_or(Tensor());
   const Tensor out_scale = out_scale_.value_or(Tensor());
   const auto needs = [&](const Tensor& t) {
     return differentiated && t.defined() && t.requires_grad();
@@ -126,12 +114,22 @@ Tensor Node::forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight
   const int64_t N = weight.size(0), K = weight.size(1);
   const Tensor rows = (x.dim() == 2 ? x : x.reshape({-1, K})).contiguous();
 
-  Tensor start = bias.defined() && !out_scale.defined() ? bias.to(x.scalar_type()) : Tensor();
+  const Tensor first = out_scale.defined() ? Tensor() : bias;  // what is added before out_scale
+  Tensor start = first.defined() ? first.to(x.scalar_type()) : Tensor();
   Tensor t;
   if (down.defined()) {
-    t = skinny(rows, scaled(down, in_scale).t());
-    const Tensor v = times(t, core, scale);
-    start = start.defined() ? at::addmm(start, v, up.t()) : at::mm(v, up.t());
+    Tensor v;
+    if (passes & kForwardByPasses) {
+      std::tie(t, v) = passes::down_projection(rows, scaled(down, in_scale), core, seed, scale,
+                                               dropout);
+    } else {
+      t = skinny(rows, scaled(down, in_scale).t());
+      v = times(t, core, scale);
+    }
+    if (v.scalar_type() == x.scalar_type())
+      start = start.defined() ? at::addmm(start, v, up.t()) : at::mm(v, up.t());
+    else
+      start = passes::up_expansion(v, up.t(), first, Tensor(), 0.0, x.scalar_type());
   }
   const Tensor X = in_scale.defined() ? scale_columns(rows, in_scale, Tensor()) : rows;
   Tensor z;
@@ -145,8 +143,11 @@ Tensor Node::forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight
     const bool keep_x = needs(down) || needs(in_scale);
     const bool keep_t = needs(up) || needs(core);
     ctx->save_for_backward({keep_x ? x : Tensor(), weight, bias, down, up, core, in_scale,
-                            out_scale, keep_t ? t : Tensor(), needs(out_scale) ? z : Tensor()});
+                            out_scale, keep_t ? t : Tensor(), needs(out_scale) ? z : Tensor(),
+                            seed});
     ctx->saved_data["scale"] = scale;
+    ctx->saved_data["dropout"] = dropout;
+    ctx->saved_data["passes"] = passes;
   }
   if (x.dim() == 2) return y;
   auto shape = x.sizes().vec();
@@ -154,19 +155,14 @@ Tensor Node::forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight
   return at::_unsafe_view(y, shape);
 }
 
-// The gradients of a call; each only where ``need`` has its input.
-std::array<Tensor, kInputs> gradients(const Tensor& dys, const variable_list& saved,
-                                      const std::array<bool, kInputs>& need, double scale) {
-  const Quiet quiet;
+// The gradients of rows by library calls; each only where ``need`` has its input.
+Gradients library_gradients(const Tensor& dy, const Tensor& x, const variable_list& saved,
+                            const Needs& need, double scale) {
   const Tensor &weight = saved[kWeight], &bias = saved[kBias], &down = saved[kDown];
   const Tensor &up = saved[kUp], &core = saved[kCore], &in_scale = saved[kInScale];
   const Tensor &out_scale = saved[kOutScale], &t = saved[kT], &z = saved[kZ];
-  const int64_t N = weight.size(0), K = weight.size(1);
-  const Tensor dy = (dys.dim() == 2 ? dys : dys.reshape({-1, N})).contiguous();
-  Tensor x = saved[kX];
-  if (x.defined()) x = (x.dim() == 2 ? x : x.reshape({-1, K})).contiguous();
   const bool need_dX = need[kX] || need[kInScale];
-  std::array<Tensor, kInputs> found;
+  Gradients found;
 
   Tensor g = dy;
   if (!out_scale.defined()) {
@@ -210,11 +206,26 @@ std::array<Tensor, kInputs> gradients(const Tensor& dys, const variable_list& sa
     dX = over.scaled;
     found[kInScale] = over.sum;
   }
-  if (need[kX]) found[kX] = dys.dim() == 2 ? dX : at::_unsafe_view(dX, [&] {
+  if (need[kX]) found[kX] = dX;
+  return found;
+}
+
+// The gradients of a call in their tensors' shapes and dtypes.
+Gradients gradients(const Tensor& dys, const variable_list& saved, const Needs& need, double scale,
+                    double dropout, int64_t passes) {
+  const Quiet quiet;
+  const int64_t N = saved[kWeight].size(0), K = saved[kWeight].size(1);
+  const Tensor dy = (dys.dim() == 2 ? dys : dys.reshape({-1, N})).contiguous();
+  Tensor x = saved[kX];
+  if (x.defined()) x = (x.dim() == 2 ? x : x.reshape({-1, K})).contiguous();
+  Gradients found = passes & kBackwardByPasses
+                        ? passes::gradients(dy, x, saved, need, scale, dropout)
+                        : library_gradients(dy, x, saved, need, scale);
+  if (found[kX].defined() && dys.dim() != 2) {
     auto shape = dys.sizes().vec();
     shape.back() = K;
-    return shape;
-  }());
+    found[kX] = at::_unsafe_view(found[kX], shape);
+  }
   for (int i = kBias; i < kInputs; ++i)
     if (found[i].defined()) found[i] = found[i].to(saved[i].scalar_type());
   return found;
@@ -255,26 +266,28 @@ void refuse_again(variable_list& made, const Tensor& dy, const variable_list& sa
 
 variable_list Node::backward(AutogradContext* ctx, variable_list dys) {
   const variable_list saved = ctx->get_saved_variables();
-  std::array<bool, kInputs> need{};
+  Needs need{};
   size_t edge = 0;  // autograd counts the tensors that were given
   for (int i = 0; i < kInputs; ++i)
     if (i == kX || saved[i].defined()) need[i] = ctx->needs_input_grad(edge++);
   const bool again = at::GradMode::is_enabled();  // create_graph=True
-  std::array<Tensor, kInputs> found;
+  Gradients found;
   {
     const at::AutoGradMode off(false);
-    found = gradients(dys[0], saved, need, ctx->saved_data["scale"].toDouble());
+    found = gradients(dys[0], saved, need, ctx->saved_data["scale"].toDouble(),
+                      ctx->saved_data["dropout"].toDouble(), ctx->saved_data["passes"].toInt());
   }
   variable_list made(found.begin(), found.end());
   if (again) refuse_again(made, dys[0], saved);
-  made.resize(kInputs + 2);  // and none for scale and differentiated
+  made.resize(kInputs + 5);  // and none for seed, scale, dropout, passes and differentiated
   return made;
 }
 
 Tensor decomposed_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                          const OptionalTensor& down, const OptionalTensor& up,
                          const OptionalTensor& core, const OptionalTensor& in_scale,
-                         const OptionalTensor& out_scale, double scale) {
+                         const OptionalTensor& out_scale, const OptionalTensor& seed, double scale,
+                         double dropout, int64_t passes) {
   TORCH_CHECK(weight.dim() == 2 && x.dim() >= 1 && x.size(-1) == weight.size(1),
               "decomposed_linear: x must be [..., K] and weight [N, K], got ", x.sizes(), " and ",
               weight.sizes());
@@ -282,8 +295,12 @@ Tensor decomposed_linear(const Tensor& x, const Tensor& weight, const OptionalTe
               "decomposed_linear: down and up come together: give both, or neither");
   TORCH_CHECK(!weight.requires_grad(),
               "decomposed_linear: weight must be frozen here, got one that requires a gradient");
-  return Node::apply(x, weight, bias, down, up, core, in_scale, out_scale, scale,
-                     at::GradMode::is_enabled());
+  TORCH_CHECK(passes == (kForwardByPasses | kBackwardByPasses) ||
+                  (!seed && (!down || down->scalar_type() == x.scalar_type())),
+              "decomposed_linear: dropout, and a branch of another dtype than x, run by the passes "
+              "in both directions: passes must be 3 there, got ", passes);
+  return Node::apply(x, weight, bias, down, up, core, in_scale, out_scale, seed, scale, dropout,
+                     passes, at::GradMode::is_enabled());
 }
 
 }  // namespace
@@ -292,6 +309,7 @@ Tensor decomposed_linear(const Tensor& x, const Tensor& weight, const OptionalTe
 TORCH_LIBRARY(decomp_kernels_autograd, m) {
   m.def(
       "decomposed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? down, Tensor? up, "
-      "Tensor? core, Tensor? in_scale, Tensor? out_scale, float scale) -> Tensor",
+      "Tensor? core, Tensor? in_scale, Tensor? out_scale, Tensor? seed, float scale, "
+      "float dropout, int passes) -> Tensor",
       &decomp_kernels::decomposed_linear);
 }

@@ -16,9 +16,10 @@ import torch
 
 from decomp_kernels import native_library
 from decomp_kernels.bench.engine import Contender
+from decomp_kernels.ops.autograd_node import BACKWARD_BY_PASSES, FORWARD_BY_PASSES
 
 OPERATOR = "decomposed_linear"
-ONE_CALL = "aten in one call"  # the library calls as csrc/autograd makes them
+ONE_CALL = " in one call"  # after the implementation whose calls csrc/autograd makes
 _FUNCTIONS = ("forward", "backward", "build", "contract", "merged_weight")
 _FOLDERS = ("decomp_kernels.reference.", "decomp_kernels.kernels.")
 
@@ -72,16 +73,18 @@ class Observed:
         return counted
 
     def _compiled(self, node: Callable[..., Any]) -> Callable[..., Any]:
-        """The compiled node, which says when it runs, forward and backward."""
+        """The compiled node, which says when it runs, and what each way."""
 
-        def backward(grads: Any) -> None:
-            self.calls[OPERATOR, "backward", ONE_CALL] += 1
+        def ran(direction: str, by_passes: int) -> None:
+            impl = "native:passes" if by_passes else "aten"
+            self.calls[OPERATOR, direction, impl + ONE_CALL] += 1
 
-        def counted(*terms: Any) -> torch.Tensor:
-            self.calls[OPERATOR, "forward", ONE_CALL] += 1
-            y = node(*terms)
+        def counted(*arguments: Any) -> torch.Tensor:
+            passes = arguments[-1]
+            ran("forward", passes & FORWARD_BY_PASSES)
+            y = node(*arguments)
             if y.grad_fn is not None:
-                y.grad_fn.register_prehook(backward)
+                y.grad_fn.register_prehook(lambda _: ran("backward", passes & BACKWARD_BY_PASSES))
             return y
 
         return counted
@@ -103,7 +106,7 @@ class Observed:
 
 def implementation(path: str) -> str:
     """``path`` by the names that ``explain`` and ``impl=`` have."""
-    ways = [set(way.replace(ONE_CALL, "aten").split(" and ")) for way in path.split(", ")]
+    ways = [set(way.replace(ONE_CALL, "").split(" and ")) for way in path.split(", ")]
     return _written(ways)
 
 

@@ -361,12 +361,11 @@ def decomposed_linear(
         dropout, seed = 0.0, None
     elif seed is None:
         seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device=x.device)
-    if weight_map is None and addend is None and seed is None and not save_output:
-        node = autograd_node(
-            x, (weight, bias, down, up, core, in_scale, out_scale), activation, impl
-        )
-        if node is not None:
-            return node(x, weight, bias, down, up, core, in_scale, out_scale, scale)
+    if weight_map is None and addend is None and not save_output:
+        terms = weight, bias, down, up, core, in_scale, out_scale
+        if (one_call := autograd_node(x, terms, seed, activation, impl)) is not None:
+            node, passes = one_call
+            return node(x, *terms, seed, scale, dropout, passes)
     named = weight_map.named_tensors() if weight_map is not None else {}
     codes, *scales = weight.tensors() if isinstance(weight, QuantizedWeight) else (weight,)
     options = Options(

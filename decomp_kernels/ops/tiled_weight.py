@@ -18,7 +18,7 @@ from decomp_kernels.ops.dequantize import op as dequantize
 from decomp_kernels.quantized_weight import QuantizedWeight, absmax, dense_shape
 from decomp_kernels.reference.dequantize import block_size
 
-TILE_ELEMENTS = 1 << 20  # docs/quantized.md has what other sizes cost
+TILE_ELEMENTS = 1 << 21  # docs/quantized.md has what other sizes cost
 
 
 class TiledWeight:
