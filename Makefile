@@ -7,7 +7,8 @@
 # make sanitize    the host kernels under AddressSanitizer and UndefinedBehaviorSanitizer, random shapes
 # make check-all   make check, every test including the full grids, every instance of the Hopper GEMM, and every
 #                  Triton kernel compiled for every architecture, with the pinned Triton and with the oldest
-# make bench       time and memory of every method beside PEFT's                    (results: benchmarks/results/cpu)
+# make bench       time and memory beside PEFT's: layers, a model, growth           (results: benchmarks/results/cpu)
+#                  BENCH_SUITES="layer model scale", quality too; BENCH_ARGS="--threads 2"
 # make gpu-check   what only a GPU can show: the kernels on it, tiles, times        (results: benchmarks/results/<gpu>)
 #                  GPU_CHECK_ARGS="--full --stage bench", or --dry where there is none
 # make docs        write the generated documents again
@@ -21,6 +22,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+BENCH_SUITES ?= layer model scale
 GPU_CHECK_ARGS ?=
 BENCH_RESULTS ?= benchmarks/results/cpu
 
@@ -101,9 +103,9 @@ sanitize: $(DEV_READY)
 	PYTHONPATH=. $(PY) scripts/sanitize.py $(SANITIZE_ARGS)
 
 bench: $(DEV_READY)
-	$(PY) -m decomp_kernels.cli.main bench layer $(BENCH_ARGS) \
-		--output $(BENCH_RESULTS)/layer.json --picture $(BENCH_RESULTS)/layer.png
-	$(PY) -m decomp_kernels.cli.main bench table $(BENCH_RESULTS)/layer.json --goals benchmarks/goals.json
+	for suite in $(BENCH_SUITES); do $(PY) -m decomp_kernels.cli.main bench $$suite $(BENCH_ARGS) \
+		--output $(BENCH_RESULTS)/$$suite.json --picture $(BENCH_RESULTS)/$$suite.png || exit; done
+	$(PY) -m decomp_kernels.cli.main bench report $(BENCH_RESULTS) --output runs/report.html
 
 inspect: $(DEV_READY)
 	$(PY) -m decomp_kernels.cli.main inspect --jobs 2

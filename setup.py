@@ -324,7 +324,12 @@ def ninja_file(plan: Plan, library: Path, module: Path) -> str:
     )
     lines.append(f"build {_ninja(module)}: link build_info.o\n flags = ")
     lines.append(f"default {_ninja(library)} {_ninja(module)}")
-    unstable = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())} {torch_includes}"
+    # ninja does not see that torch's headers change: with its version in the command, another torch
+    # compiles anew, instead of an old library under a new record.
+    unstable = (
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())} {torch_includes} "
+        f"'-DDK_TORCH=\"{torch.__version__}\"'"
+    )
     objects.clear()
     for source in sorted((csrc / "autograd").glob("*.cpp")):
         compile_(source, f"autograd_{source.stem}", "cxx", unstable)

@@ -58,6 +58,8 @@ def why_not_autograd() -> str | None:
         torch.ops.load_library(str(path))
     except OSError as error:
         return f"{path.name} does not load: {error}"
+    if not hasattr(torch.ops.decomp_kernels_autograd, "decomposed_linear"):
+        return f"{path.name} is of another version: build it again"
     return None
 
 

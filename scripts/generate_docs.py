@@ -5,7 +5,9 @@ Edit docstrings, the methods' own declarations and scripts/layers.py, never the 
 
 import argparse
 import inspect
+import math
 import sys
+import textwrap
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -18,6 +20,9 @@ from layers import LAYERS
 
 ROOT = Path(__file__).parent.parent
 MADE_BY = "<!-- written by scripts/generate_docs.py; run `make docs` -->"
+
+# Of docs/architecture.svg: boxes side by side, and the width of a letter of 13 px at the most.
+ACROSS, LETTER = 3, 7.0
 
 API_HEAD = (
     "`import decomp_kernels as dk`; every name below is `dk.<name>`. "
@@ -135,27 +140,46 @@ def _required(field) -> bool:
 
 
 def picture() -> str:
-    """The layers as boxes, users at the top, with the arrows between them."""
-    width, box_height, gap, margin = 860, 50, 22, 20
-    height = margin * 2 + len(LAYERS) * box_height + (len(LAYERS) - 1) * gap
-    shapes = []
-    for row, boxes in enumerate(reversed(LAYERS)):
-        top = margin + row * (box_height + gap)
-        box_width = (width - 2 * margin - (len(boxes) - 1) * 12) / len(boxes)
-        for column, (name, words) in enumerate(boxes.items()):
-            left = margin + column * (box_width + 12)
-            middle = left + box_width / 2
+    """The layers as boxes, users at the top, with the arrows between them.
+
+    A layer of more than ACROSS files takes several lines of boxes, and long words are wrapped.
+    """
+    width, gap, inner, margin = 860, 22, 8, 20
+    shapes: list[str] = []
+    top = margin
+    for layer in reversed(LAYERS):
+        if shapes:
             shapes.append(
-                f'<rect x="{left:.0f}" y="{top}" width="{box_width:.0f}" height="{box_height}" '
-                'rx="6" fill="#eef3fb" stroke="#4a6fa5"/>'
-                f'<text x="{middle:.0f}" y="{top + 21}" font-weight="bold">{escape(name)}</text>'
-                f'<text x="{middle:.0f}" y="{top + 39}" font-size="13">{escape(words)}</text>'
-            )
-        if row:
-            shapes.append(
-                f'<path d="M {width / 2:.0f} {top - gap} v {gap - 8}" stroke="#333" '
+                f'<path d="M {width / 2:.0f} {top} v {gap - 8}" stroke="#333" '
                 'stroke-width="2" marker-end="url(#head)"/>'
             )
+            top += gap
+        boxes = list(layer.items())
+        lines = math.ceil(len(boxes) / ACROSS)
+        across = math.ceil(len(boxes) / lines)
+        box_width = (width - 2 * margin - (across - 1) * inner) / across
+        for line in range(lines):
+            here = [
+                (name, textwrap.wrap(words, max(int(box_width / LETTER), 1)))
+                for name, words in boxes[line * across : (line + 1) * across]
+            ]
+            box_height = 34 + 16 * max(len(words) for _, words in here)
+            for column, (name, words) in enumerate(here):
+                left = margin + column * (box_width + inner)
+                middle = left + box_width / 2
+                shapes.append(
+                    f'<rect x="{left:.0f}" y="{top}" width="{box_width:.0f}" '
+                    f'height="{box_height}" rx="6" fill="#eef3fb" stroke="#4a6fa5"/>'
+                    f'<text x="{middle:.0f}" y="{top + 21}" font-weight="bold">{escape(name)}'
+                    "</text>"
+                )
+                shapes += [
+                    f'<text x="{middle:.0f}" y="{top + 39 + 16 * number}" font-size="13">'
+                    f"{escape(part)}</text>"
+                    for number, part in enumerate(words)
+                ]
+            top += box_height + (inner if line < lines - 1 else 0)
+    height = top + margin
     body = "\n".join(shapes)
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"
   width="{width}" height="{height}" font-family="sans-serif" font-size="15" text-anchor="middle">

@@ -1,4 +1,6 @@
-"""Calls every host operator with what hypothesis makes, in the library of scripts/sanitize.py."""
+"""Calls every host operator and the autograd node, as scripts/sanitize.py built them, with what
+hypothesis makes.
+"""
 
 import argparse
 import time
@@ -110,6 +112,24 @@ def dequantize(data, ops, M, N, r, dtype):
     block = data.draw(st.sampled_from([32, 64, 128]))
     codes = torch.randint(0, 256, (-(-M * N // 2), 1), dtype=torch.uint8)
     ops.dequantize(codes, drawn(-(-M * N // block)), "nf4", M, N, dtype)
+
+
+@call
+def autograd_node(data, ops, M, N, r, dtype):
+    """csrc/autograd, forward and backward, with some terms and some gradients."""
+    K = data.draw(SIZES)
+    branch = data.draw(st.booleans())
+    down, up = (drawn(r, K, dtype=dtype), drawn(N, r, dtype=dtype)) if branch else (None, None)
+    core = some(data, r) if branch else None
+    terms = [some(data, N, dtype=dtype), down, up, core, some(data, K), some(data, N)]
+    x = drawn(M, K, dtype=dtype)
+    for leaf in (x, *terms):
+        if leaf is not None:
+            leaf.requires_grad_(data.draw(st.booleans()))
+    weight = drawn(N, K, dtype=dtype)
+    y = native_library.autograd_node()(x, weight, *terms, 0.7)
+    if y.requires_grad:
+        y.sum().backward(create_graph=data.draw(st.booleans()))
 
 
 def some_calls(function, number, ops, levels, made):

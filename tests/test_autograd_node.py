@@ -2,14 +2,18 @@
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.testing._internal.logging_tensor import LoggingTensorMode, capture_logs
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import decomp_kernels as dk
 from decomp_kernels import dispatch, native_library
+from decomp_kernels.bench.engine import Contender
+from decomp_kernels.bench.memory import peak_bytes
 from decomp_kernels.methods.base import METHODS
 
 pytestmark = pytest.mark.skipif(
@@ -215,6 +219,30 @@ def test_it_keeps_what_the_gradients_asked_for_need():
     assert kept(out_scale=True) == [(5, N)]
 
 
+@pytest.mark.parametrize("lacking", [(), ("down", "up"), ("x",)], ids=str)
+def test_its_peak_is_that_of_library_calls(lacking, monkeypatch):
+    x, weight, factors = case(("low_rank",), torch.float32, (64,))
+    for name, leaf in (("x", x), *factors.items()):
+        leaf.requires_grad_(name not in lacking)
+
+    def reset():
+        for leaf in (x, *factors.values()):
+            leaf.grad = None
+
+    def peak():
+        def forward():
+            return dk.decomposed_linear(x, weight, scale=1.7, **factors)
+
+        def backward(y):
+            y.sum().backward()
+
+        return peak_bytes(Contender("", forward, backward, reset), x.device)
+
+    ours = peak()
+    monkeypatch.setattr(native_library, "autograd_node", lambda: None)
+    assert 0 < ours <= peak()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("form", ["aten", pytest.param("native:passes", marks=host_kernels)])
 def test_checkpointing(reentrant, form):
@@ -230,6 +258,47 @@ def test_checkpointing(reentrant, form):
     plain = torch.autograd.grad(call(x).square().sum(), leaves)
     checkpoint(call, x, use_reentrant=reentrant).square().sum().backward()
     assert all(torch.equal(leaf.grad, grad) for leaf, grad in zip(leaves, plain, strict=True))
+
+
+def test_what_watches_library_calls_is_shown_the_products(monkeypatch):
+    def products(terms):
+        x, weight, factors = case(terms, torch.float32)
+        with LoggingTensorMode(), capture_logs() as lines:
+            dk.decomposed_linear(x, weight, **factors).sum().backward()
+        return [call for line in lines for call in re.findall(r"aten\.\w*mm_?\.\w+", line)]
+
+    sets = [(), ("bias",), ("in_scale", "out_scale"), ("bias", "low_rank")]
+    seen = [products(terms) for terms in sets]
+    monkeypatch.setattr(native_library, "autograd_node", lambda: None)
+    assert seen == [products(terms) for terms in sets]
+    assert seen[1] == ["aten.addmm.default", "aten.mm.default"]
+
+
+def test_selective_checkpointing_is_never_wrong_in_silence():
+    x, weight, factors = case(("low_rank", "out_scale"), torch.float32)
+    products = [torch.ops.aten.mm.default]  # to be kept: the base GEMM then adds to one of them
+
+    def call(x):
+        return dk.decomposed_linear(x, weight, **factors).tanh()
+
+    def contexts():
+        return create_selective_checkpoint_contexts(products)
+
+    y = checkpoint(call, x, use_reentrant=False, context_fn=contexts)
+    with pytest.raises(RuntimeError, match="has been mutated"):
+        y.sum().backward()
+
+
+def test_the_node_called_by_hand():
+    x, weight, factors = case(("bias", "low_rank", "out_scale"), torch.float32)
+    y = dk.decomposed_linear(x, weight, **factors)
+    dy = torch.randn(y.shape)
+    found = [grad for grad in y.grad_fn(dy) if grad is not None]  # in grad mode, outside the engine
+    bias, down, up, out_scale = factors.values()
+    expected = torch.autograd.grad(y, [x, bias, down, up, out_scale], dy)
+    assert all(map(torch.equal, found, expected))
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        found[0].sum().backward()
 
 
 def test_autocast_round_backward_changes_nothing():
@@ -274,6 +343,17 @@ def test_a_library_of_another_pytorch_is_not_loaded(folder, record, says):
     assert native_library.autograd_node() is None
     x, weight, factors = case(("low_rank",), torch.float32)
     assert not compiled(dk.decomposed_linear(x, weight, **factors))
+
+
+def test_a_library_without_the_operator_is_not_used(folder, monkeypatch):
+    (folder / native_library.AUTOGRAD).write_bytes(b"not")
+    (folder / "build.json").write_text(
+        json.dumps({"torch": torch.__version__, "autograd_bytes": 3})
+    )
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.ops, "decomp_kernels_autograd", object(), raising=False)
+    assert "is of another version" in native_library.why_not_autograd()
+    assert native_library.autograd_node() is None
 
 
 def test_what_the_node_itself_refuses():

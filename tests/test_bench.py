@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from decomp_kernels import dispatch
+from decomp_kernels import dispatch, native_library
 from decomp_kernels.bench import (
+    compiled,
     contenders,
     engine,
     layer_tables,
@@ -55,6 +56,17 @@ def test_rows_cover_the_registry_and_the_variants():
     for row in made:
         method = row.make()
         assert getattr(method, "r", 4) in (4, layers.OWN_SIZE.get(row.method, {}).get("r"))
+
+
+def test_each_row_is_there_once_and_misfits_of_the_registry_are_left_out(capsys):
+    twice = layers.rows(["ia3", "ia3"], [(8, 4, 6)] * 2, ["float32"] * 2, 4, (False, False))
+    assert len(list(twice)) == 1
+    every = list(layers.rows(None, [(8, 4, 6)], ["float32", "bfloat16"], 16))
+    fitting = layer_suite._fitting(every, named=False)
+    left = {row.method for row in every} - {row.method for row in fitting}
+    assert {"pissa", "milora"} <= left < set(methods())
+    said = capsys.readouterr().err
+    assert said.count("left out: pissa on 4 x 6: r must be at most min(") == 1
 
 
 def test_a_grid_of_dropout_adapters_and_bias():
@@ -149,9 +161,14 @@ def test_resume_keeps_what_is_there_and_measures_the_rest(tmp_path, capsys):
     assert bench(*words, "--methods", "ssb", "--rank", 8) == 2
     message = capsys.readouterr().err
     assert "same protocol" in message and "has rank 16, asked for is rank 8" in message
-    output.write_text(output.read_text().replace(record.machine()["cpu"], "another chip"))
+    text = output.read_text()
+    output.write_text(text.replace(record.machine()["cpu"], "another chip"))
     assert bench(*words, "--methods", "ssb") == 2
     assert "is of another chip, this one is" in capsys.readouterr().err
+    older = json.loads(text) | {"versions": {"torch": "1.0"}}
+    output.write_text(json.dumps(older))
+    assert bench(*words, "--methods", "ssb") == 2
+    assert "is of torch 1.0, this one is torch " in capsys.readouterr().err
     assert bench(*words[:-2], "--methods", "ssb") == 2
     assert "--resume needs --output FILE.json" in capsys.readouterr().err
 
@@ -226,8 +243,9 @@ def test_an_observed_step_says_what_it_called(monkeypatch):
     entries = {entry.contender.name: entry for entry in made.entries}
     assert entries["ours"].path == "reference"
     assert entries["PEFT, accelerate()"].path == "2 of 2 calls fused, reference"
+    way = "aten" + observed.ONE_CALL * bool(native_library.autograd_node())
     assert list(entries["aten"].calls) == [
-        "decomposed_linear backward: aten, 1", "decomposed_linear forward: aten, 1",
+        f"decomposed_linear backward: {way}, 1", f"decomposed_linear forward: {way}, 1",
         "row_norm forward: aten, 1",
     ]  # fmt: skip
     assert entries["PEFT"].path == "peft.tuners.lora, float32 adapters"
@@ -244,8 +262,8 @@ def test_compiled_contenders_are_compiled_once(monkeypatch):
     (row,) = list(layers.rows(["lora"], [(8, 16, 24)], ["float32"], 4))[:1]
     found = layers.run(row, rounds=1, warmup=1, seed=0, device=CPU, compile_too=True)
     paths = {name: entry["path"] for name, entry in found["contenders"].items()}
-    assert paths[contenders.PEFT_COMPILED] == "compiled: 1 graph, 0 breaks"
-    assert paths[contenders.OURS_COMPILED] == f"compiled: 1 graph, 0 breaks, {paths['ours']}"
+    assert paths[contenders.PEFT_COMPILED] == "inductor: 1 graph, 0 breaks"
+    assert paths[contenders.OURS_COMPILED] == "inductor: 1 graph, 0 breaks, aten"
 
 
 def test_what_peft_refuses_is_left_out_with_its_reason():
@@ -271,7 +289,7 @@ def test_work_and_share_of_the_roof_by_hand():
     ratio = found["contenders"]["ours"]["ratio"]["forward"]["median"]
     share = found["roof"]["share"]["forward"]["median"]
     assert share == pytest.approx((gemm + branch) / gemm / ratio)
-    assert found["expected_path"] == found["contenders"]["ours"]["path"]
+    assert found["expected_path"] == observed.implementation(found["contenders"]["ours"]["path"])
 
 
 class Broken(nn.Module):
@@ -296,19 +314,19 @@ class Uncompiled(Broken):
 
 
 @pytest.mark.parametrize("module, path", [
-    (nn.Sequential(nn.Linear(6, 6)), "compiled: 1 graph, 0 breaks"),
-    (Broken(), "compiled: 2 graphs, 1 breaks"),
-    (Uncompiled(), "eager: torch.compile made no graph"),
+    (nn.Sequential(nn.Linear(6, 6)), "inductor: 1 graph, 0 breaks"),
+    (Broken(), "inductor: 2 graphs, 1 break"),
+    (Uncompiled(), "not compiled: inductor was given no graph"),
 ])  # fmt: skip
 def test_what_the_compiler_made_is_counted(module, path, monkeypatch):
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: graph)
-    compiled = observed.Compiled(module)
-    contender = engine.layer("a", compiled, torch.ones(4, 6), torch.ones(4, 6))
-    compiled.prepare(contender)
-    assert compiled.path() == path
-    if compiled.graphs:
-        compiled(torch.ones(5, 6, requires_grad=True))  # another shape
-        assert "compiled again" in compiled.path()
+    run = compiled.Compiled(module)
+    contender = engine.layer("a", run, torch.ones(4, 6), torch.ones(4, 6))
+    run.prepare(lambda: engine.step(contender))
+    assert run.path() == path
+    if run.graphs:
+        run(torch.ones(5, 6, requires_grad=True))  # another shape
+        assert "compiled later" in run.path()
 
 
 def test_the_repository_s_goals_name_rows_that_exist():
@@ -349,16 +367,58 @@ def test_a_file_of_another_kind_is_refused(text, tmp_path, capsys):
     assert "must be a results file of format" in message or text is None
 
 
+@pytest.mark.parametrize("damage, message", [
+    ({"rows": None}, "its rows are missing or of another kind"),
+    ({"rows": [1]}, "its rows are missing or of another kind"),
+    ({"rows": [{}]}, "the rows must be those that bench layer writes, got KeyError: 'shape'"),
+    ({"protocol": None, "machine": 1}, "its machine and protocol are missing or of another kind"),
+    ({"suite": "scale"}, "must be a results file of bench layer, got one of 'scale'"),
+])  # fmt: skip
+def test_a_damaged_file_is_refused_in_one_line(damage, message, tmp_path, capsys):
+    file = tmp_path / "layer.json"
+    text = json.dumps(record.document("layer", {}, []) | damage)
+    file.write_text(text)
+    for words in (("table", file), ("layer", "--methods", "ia3", "--resume", "--output", file)):
+        assert bench(*words) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+    assert file.read_text() == text
+
+
+@pytest.mark.parametrize("text", ["no JSON", "{}", '{"goals": [{}]}'])
+def test_goals_of_another_kind_are_refused(text, tmp_path, capsys):
+    results, goals = tmp_path / "layer.json", tmp_path / "goals.json"
+    record.write(results, record.document("layer", {"rounds": 1}, []))
+    goals.write_text(text)
+    assert bench("table", results, "--goals", goals) == 2
+    assert f'{goals} must be a JSON object of "goals"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words, message", [
     (("--methods", "lorra"), "method must be one of"),
     (("--dropout", "1.5"), "dropout must be at least 0 and below 1, got 1.5"),
     (("--impls", "atten"), "--impls must be all, auto or names of reference, aten"),
     (("--impls", "auto", "aten"), "got auto aten"),
     (("--impls", "native:fused"), "--impls native:fused cannot run here: "),
+    (("--methods", "pissa", "--shape", "8,4,16"), "pissa on 4 x 16: r must be at most min("),
+    (("--methods", "lora", "--dtype", "float32", "--adapter-dtype", "float32"), "got none"),
+    (("--methods", "lora", "--shape", "8,9000000,9000000"), "got some that need at least"),
+    (("--threads", 100_000), "--threads must be at most the "),
+    (("--device", "meta"), "--device meta needs a device that PyTorch sees"),
+    (("--seed", 2**70), "--seed must be a number of at most 64 bits"),
 ])  # fmt: skip
 def test_bad_options_are_refused_before_any_work(words, message, capsys):
     assert bench("layer", *words) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suite", ["layer", "model", "scale", "quality"])
+def test_a_picture_without_matplotlib_is_refused_before_any_work(
+    suite, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert bench(suite, "--picture", tmp_path / "a.png") == 2
+    assert "this needs the package 'matplotlib'" in capsys.readouterr().err
 
 
 def test_several_processes_show_a_range():

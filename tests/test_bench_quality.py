@@ -100,10 +100,12 @@ def test_parameters_are_those_of_the_papers_accounting():
 
 
 def test_the_rank_is_the_one_with_the_nearest_number_of_parameters():
-    """On linears of 32 FLoRA's core is r / 64 of LoRA's parameters: at r = 32 half as many again,
-    and 31 is nearer."""
+    """Of a block LoRA has 448 r here and FLoRA 448 r + 6 r^2: the budget of r = 32 is 14,336, and
+    FLoRA of r = 24 has 14,208 of it, of r = 25 14,950."""
     (flora,) = arms(bert(), ["flora"], [32], 20, ())
-    assert (flora.budget, flora.r) == (32, 31)
+    assert (flora.budget, flora.r, flora.trainable) == (32, 24, 2 * 14_208)
+    lora, adalora = arms(bert(), ["lora", "adalora"], [2], 20, ())
+    assert (lora.r, adalora.r) == (2, 2)  # AdaLoRA's is one more parameter a rank, and has no 1
 
 
 def test_what_each_arm_is_made_of():
@@ -213,6 +215,20 @@ def test_metrics_by_hand():
     x, y = torch.tensor([1.0, 2.0, 2.0, 9.0]), torch.tensor([1.0, 3.0, 2.0, 4.0])
     assert glue.spearman(x, y) == pytest.approx(4.5 / (4.5 * 5) ** 0.5)  # ranks 1 2.5 2.5 4
     assert glue.pearson(torch.ones(4), y) == 0.0
+
+
+@pytest.mark.parametrize("name", ["stsb", "cola", "mrpc"])
+def test_a_model_that_diverged_has_scores_that_are_numbers(name):
+    task = object.__new__(glue.Glue)
+    task.task, task.metrics = glue.GLUE[name], glue.GLUE[name].metrics
+    task.held_texts, task.held_kinds = [[1], [2], [3]], None
+    task.held_labels = torch.tensor([1, 0, 1])
+    task._logits = lambda model, texts, kinds, rows: torch.full((len(rows), 2), float("nan"))
+    if name == "stsb":
+        task._logits = lambda model, texts, kinds, rows: torch.full((len(rows), 1), float("nan"))
+    found = {metric: scores.metric for metric, scores in task.evaluate(None, 2).items()}
+    expected = {"accuracy": 1 / 3}  # of class 0 for all
+    assert found == pytest.approx({metric: expected.get(metric, 0.0) for metric in found})
 
 
 FILES = {
@@ -387,6 +403,9 @@ def test_resumes_where_it_was_stopped(encoder, pairs, tmp_path, monkeypatch, cap
     capsys.readouterr()
     assert bench(*given, "--only-seeds", 0, "--steps", 9, "--output", part, "--resume") == 2
     assert "was made with steps = 6, and this run has 9" in capsys.readouterr().err
+    part.write_text(part.read_text().replace(record.machine()["cpu"], "another chip"))
+    assert bench(*given, "--only-seeds", 0, "--output", part, "--resume") == 2
+    assert "is of another chip, this one is" in capsys.readouterr().err
 
 
 def test_validation_rows_are_neither_trained_on_nor_tested(encoder, pairs, monkeypatch, tmp_path):

@@ -12,11 +12,12 @@ import numpy
 import pytest
 import torch
 
-from decomp_kernels.bench import engine, growth, ranks, scale_tables
+from decomp_kernels.bench import engine, growth, ranks, record, scale_tables
 from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
 from decomp_kernels.bench.exponents import fit
 from decomp_kernels.bench.growth import Point
+from decomp_kernels.bench.observed import implementation
 from decomp_kernels.cli.main import main
 
 CPU = torch.device("cpu")
@@ -191,7 +192,7 @@ def test_what_lora_adds_to_the_peak_does_not_grow_with_the_weight():
 def test_the_path_is_what_ran(monkeypatch):
     monkeypatch.setenv("DECOMP_KERNELS_IMPL", "aten")
     stack = replace(POINT, layers=3, shape=(16, 24, 24))
-    assert measured(stack)["contenders"][OURS]["path"] == "aten x 3"
+    assert implementation(measured(stack)["contenders"][OURS]["path"]) == "aten x 3"
     monkeypatch.setenv("DECOMP_KERNELS_IMPL", "reference")
     found = measured(POINT)["contenders"]
     assert found[OURS]["path"] == "reference x 1"
@@ -253,7 +254,7 @@ def test_ranks_reduce_the_adapter_s_gradients_and_nothing_else(monkeypatch):
     trainable = 2 * RANK * 48
     assert found[OURS]["trainable"] == trainable
     assert found[OURS]["reduced_bytes"] == 4 * trainable
-    assert found[OURS]["path"] == "aten x 2; DDP, buckets: 1"
+    assert implementation(found[OURS]["path"]) == "aten x 2; DDP, buckets: 1"
     assert found[ranks.ALONE]["reduced_bytes"] == found[FROZEN]["reduced_bytes"] == 0
     for contender in found.values():
         by_rank = contender["ns_by_rank"]
@@ -349,6 +350,10 @@ def test_the_command_writes_a_file_from_which_its_tables_come(tmp_path, capsys):
             ("--axes", "r", "--methods", "pissa", "--shape", "8,16,16", "--sizes", "r=4,64"),
             "pissa, r = 64: r must be at most min(out_features, in_features) = 16",
         ),
+        (("--axes", "ranks", "--sizes", "ranks=1,100000"), "ranks are processes: there must be"),
+        (("--axes", "layers", "--sizes", "layers=10000000"), "got some that need at least"),
+        (("--device", "foo"), "--device foo needs a device that PyTorch sees"),
+        (("--device", "cuda:77"), "--device cuda:77 needs a device that PyTorch sees"),
         (("--clock", "cpu", "--threads", 2), "give --threads 1 and --device cpu with it"),
     ],
 )
@@ -357,6 +362,31 @@ def test_bad_input_is_refused_before_any_work(words, message, capsys, monkeypatc
     assert bench(*words) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ranks.RanksFailed("rank 1 of 2: gone")
+
+    monkeypatch.setattr(ranks, "run", fail)
+    output = tmp_path / "scale.json"
+    assert bench("--axes", "M", "ranks", "--methods", "ssb", "--shape", "8,16,24", "--sizes",
+                 "M=8", "--rounds", 1, "--no-peer", "--output", output) == 1  # fmt: skip
+    assert "rank 1 of 2: gone" in capsys.readouterr().err
+    assert [row["label"] for row in json.loads(output.read_text())["rows"]] == ["ssb, M = 8"]
+
+
+def test_another_suites_file_is_not_written_over(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "run", lambda *_, **__: pytest.fail("it measured"))
+    words = ("--axes", "M", "--methods", "ssb", "--shape", "8,16,24", "--sizes", "M=8")
+    output = tmp_path / "layer.json"
+    for text in (json.dumps(record.document("layer", {}, [])), "notes"):
+        output.write_text(text)
+        assert bench(*words, "--output", output) == 2
+        assert "--output is there already, and" in capsys.readouterr().err
+        assert output.read_text() == text
+    assert bench(*words, "--output", tmp_path / "a", "--picture", tmp_path / "a") == 2
+    assert "--output and --picture must be two files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["M", "M=", "M=1,x", "M=0", "W=1,2", "M=1,-2"])

@@ -24,14 +24,19 @@ EXEMPT = {
     "docs/performance.md": {"What was tried", "On a GPU: what to expect, nothing measured"},
 }
 # A number, and the words beside which it claims a speed or a memory.
-SPEED = r"\b(faster|slower|speeds?|speed-?ups?|overhead|cheaper|costs?|longer|frozen|takes? \d)"
+SPEED = (
+    r"\b(faster|slower|speeds?|speed-?ups?|overhead|cheaper|costs?|longer|frozen|takes? \d"
+    r"|throughput)"
+)
 NEEDS = r"(takes?|took|costs?|needs?|saves?|adds?|in|is)"
 SECONDS = r"(ms|µs|us|microseconds|milliseconds|seconds|minutes)"
 CLAIMS = [
     (r"\d\s?(%|percent\b)", rf"{SPEED}|\b(peak|memory|of (the|its|PEFT's) (time|step))\b"),
-    (r"\d\s?(×|x as\b|times\b|-fold\b)", rf"{SPEED}|\b(fast|slow|memory|peak|time|PEFT)\b"),
+    (r"\d\s?(×|x as\b|times\b|-fold\b)|\dx\b", rf"{SPEED}|\b(fast|slow|memory|peak|time|PEFT)\b"),
     (rf"\b{NEEDS}( about| some| only| just)? \d[\d.]*\s?{SECONDS}\b", r""),
-    (r"\d\s?([KMG]i?B)\b", r"\b(peak|PEFT'?s?|less|more)\b"),
+    (rf"\b(step|pass|call|forward|backward) (of|in|at|needs) \d[\d.]*\s?{SECONDS}\b", r""),
+    (r"\d\s?(tokens (per|a) second|tokens/s|[GT]FLOP/s|[GT]B/s)", r""),
+    (r"\d\s?([KMG]i?B)\b", r"\b(peak|PEFT'?s?|less|more|saves?)\b"),
     (r"(?<![\w.^-])(?!0\.0)\d\.\d\d?(?![\w.])", r"\b(faster|slower|PEFT'?s?|frozen|peak)\b"),
 ]
 NO_CLAIM = re.compile(  # versions, the width of an interval, the whole of a share
@@ -41,8 +46,12 @@ NO_CLAIM = re.compile(  # versions, the width of an interval, the whole of a sha
 )
 SHARE = r"(half|thirds?|a quarter|a fifth|a tenth|an eighth|twice|double)"
 COMPARED = re.compile(
-    r"\b(faster|slower|cheaper)\b|\b(less|more|lower) (peak )?memory\b"
-    rf"|\b{SHARE}( of)? (PEFT's|the frozen|its|the|as much) ?(memory|time|peak|speed|step)\b",
+    r"\b((fast|cheap|quick)(er|est)|slower)\b|\b(less|more|lower) (peak )?memory\b"
+    r"|\bas (fast|slow|cheap|quick) as\b|\b(twice|times|half) as (fast|slow|cheap|quick|long)\b"
+    r"|\b(outperform|beat)(s|en)?\b|\b(almost|nearly|practically) (free|nothing)\b"
+    r"|\b(halves?|doubles?) (PEFT's|the frozen|its|the) (memory|time|peak|speed|step)\b"
+    rf"|\b{SHARE}( of)? (PEFT's|the frozen|its|the|as much) ?(memory|time|peak|speed|step)\b"
+    rf"|\b{SHARE} of PEFT's",
     re.IGNORECASE,
 )
 CONDITION = re.compile(  # "where it was measured faster" says nothing of where that is
@@ -141,6 +150,17 @@ def test_exempt_sections_are_there():
         "DoRA is faster than\nPEFT's on every layer.",
         "- dropout adds 0.26 to PEFT's step",
         "| lora | 1.09 | PEFT 1.15 |",
+        "DoRA is twice as fast on a GPU.",
+        "It beats PEFT on every layer.",
+        "The fastest LoRA there is.",
+        "It cuts peak memory by 4x.",
+        "Throughput grows by 40 %.",
+        "A step of 42 ms.",
+        "It trains 1,200 tokens per second.",
+        "The peak is a tenth of PEFT's.",
+        "It halves the peak.",
+        "The adapter is nearly free.",
+        "It saves 20 GB on a model of 70 billion parameters.",
         "## What it costs\n\nDoRA: 15 percent over the frozen linear.",
     ],
 )

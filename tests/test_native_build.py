@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_settings_that_cannot_be_right_are_refused(settings, says):
 def test_settings_that_are_odd_are_taken(settings):
     done = plan(**settings)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(native_library.why_not_autograd() is not None, reason="nothing to build with")
+def test_another_torch_compiles_the_autograd_node_anew_and_no_kernel():
+    code = (
+        "import runpy, sys; from pathlib import Path; import torch\n"
+        "sys.argv = ['setup.py', '--version']\n"
+        "made = runpy.run_path('setup.py')\n"
+        "for torch.__version__ in ('2.11.0', '2.12.0'):\n"
+        "    print(made['ninja_file'](made['PLAN'], Path('one.so'), Path('two.so')), end='#')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    files = done.stdout.split("#")
+    changed = set(files[0].splitlines()) ^ set(files[1].splitlines())
+    (node,) = re.findall(r"autograd_decomposed_linear\.o: .*\n(.*)", files[0])
+    assert node in changed
+    assert not any("-DDK_LEVEL" in line or "DTORCH_TARGET" in line for line in changed)
 
 
 @pytest.fixture

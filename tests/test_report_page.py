@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,7 +10,21 @@ from pathlib import Path
 import pytest
 
 import generate_tables
-from decomp_kernels.bench import gains, gains_picture, page, rerun, suites
+from decomp_kernels.bench import (
+    decoder,
+    gains,
+    gains_picture,
+    growth,
+    layer_tables,
+    layers,
+    model_tables,
+    page,
+    ranks,
+    rerun,
+    scale_tables,
+    suites,
+)
+from decomp_kernels.bench.tables import headline
 from decomp_kernels.cli.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +167,9 @@ def test_an_unknown_suite_is_shown_row_by_row():
         ("[]", "must be a results file with a format decomp_kernels."),
         ('{"format": "other/1"}', "got 'other/1'"),
         ('{"format": "decomp_kernels.bench/1", "suite": "layer"}', "must have suite, date"),
+        (json.dumps(content(suite=["layer"])), "must have suite, date"),
+        (json.dumps(content(protocol=[1])), "must have suite, date"),
+        ("[" * 100_000, "must be a results file in JSON"),
         (json.dumps(content(rows=[{"method": "lora"}])), "the rows must be those that the suite"),
     ],
 )
@@ -168,6 +186,24 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(text, words, tmp_path, ca
     assert not output.exists()
 
 
+def test_a_page_is_not_written_over_its_own_results(tmp_path, capsys):
+    file = saved(tmp_path, "layer.json", content(rows=[row()]))
+    before = file.read_text()
+    assert main(["bench", "report", str(tmp_path), "--output", str(file)]) == 2
+    assert "--output must not be one of the results files" in capsys.readouterr().err
+    assert file.read_text() == before
+
+
+def test_times_that_do_not_pair_are_refused(tmp_path, capsys):
+    made = content(rows=[row()])
+    made["rows"][0]["contenders"]["PEFT"]["ns"] = {"both": [1]}
+    file = saved(tmp_path, "layer.json", made)
+    assert main(["bench", "report", str(file), "--output", str(tmp_path / "page.html")]) == 2
+    message = capsys.readouterr().err
+    assert f"{file}: the rows must have positive times of each contender" in message
+    assert message.count("\n") == 1
+
+
 def test_places_that_hold_nothing_are_named(tmp_path, capsys):
     assert main(["bench", "report", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 2
     assert "must have results files (*.json) in it" in capsys.readouterr().err
@@ -177,7 +213,6 @@ def test_places_that_hold_nothing_are_named(tmp_path, capsys):
 
 def test_a_command_of_a_row_is_accepted_by_the_command_line(monkeypatch):
     """Every command that the page shows of decomp-kernels: its options are there."""
-    import shlex
 
     from decomp_kernels.cli import main as program
 
@@ -191,6 +226,57 @@ def test_a_command_of_a_row_is_accepted_by_the_command_line(monkeypatch):
             else:
                 assert words[0] == "python"
                 assert (ROOT / words[1]).exists()
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        (
+            "layer --methods lora dora --shape 8,16,24 --dropout 0.25 --adapter-dtype base float32 "
+            "--bias no yes --impls auto --no-peer --rank 3 --dtype bfloat16"
+        ),
+        (
+            "scale --methods ssb lora --axes M ranks --sizes M=4,8 --sizes ranks=1,2 "
+            "--shape 8,24,16 --rank 3 --layers 5 --no-peer"
+        ),
+        (
+            "model --methods lora --hidden 32 --layers 1 --heads 4 --kv-heads 2 --intermediate 48 "
+            "--vocab 64 --batch 2 --sequence 8 --targets q_proj up_proj --dropout 0.25 --rank 3 "
+            "--dtype float32 --checkpointing block"
+        ),
+    ],
+)
+def test_a_command_asks_for_the_rows_that_the_file_has(asked, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(layers, "run", lambda given, **_: measured.append(given) or plain(given))
+    monkeypatch.setattr(growth, "run", lambda given, **_: measured.append(given) or plain(given))
+    monkeypatch.setattr(
+        ranks, "run", lambda given, **_: measured.extend(given) or [plain(one) for one in given]
+    )
+    monkeypatch.setattr(decoder, "run", lambda given, **_: measured.append(given) or plain(given))
+    for shown in (layer_tables, scale_tables, model_tables):
+        monkeypatch.setattr(shown, "tables", lambda _: [])
+        monkeypatch.setattr(shown, "progress", lambda _: "", raising=False)
+    monkeypatch.setattr("decomp_kernels.cli.bench.scale._progress", lambda *_: None)
+    file = tmp_path / "made.json"
+    assert main(["bench", *asked.split(), "--output", str(file)]) == 0
+    first, made = list(measured), json.loads(file.read_text())
+    measured.clear()
+    words = shlex.split(rerun.command(made))
+    assert main(words[1:]) == 0
+    assert measured == first
+    if words[2] != "model":  # whose rows are not asked for one by one
+        for one, given in zip(made["rows"], first, strict=True):
+            measured.clear()
+            assert main(shlex.split(rerun.of_row(made, one))[1:]) == 0
+            assert given in measured
+
+
+def plain(given):
+    """What a row of any suite says of what it is."""
+    words = vars(given) | {"label": given.label, "seconds": 0.0, "contenders": {}}
+    words |= {"size": vars(given.size)} if given.__class__.__module__.endswith("decoder") else {}
+    return words | ({"options": dict(given.options)} if "options" in words else {})
 
 
 def test_a_line_names_its_own_command():
@@ -243,11 +329,34 @@ def test_the_headline_has_the_ratios_of_the_file():
     }  # fmt: skip
 
 
+def test_the_headline_names_every_commit_whose_rows_are_there():
+    rows = [row() | {"commit": "a" * 40}, row() | {"commit": "b" * 40}]
+    assert f"commit {'a' * 12}, {'b' * 12}, 2026" in headline(content(rows=rows))
+    assert "commit c0ffee, 2026" in headline(content(rows=[row()]))
+
+
 def test_files_measured_otherwise_do_not_mix():
     one, two = content(rows=[row()] * 2), content(rows=[row()])
     two["protocol"]["threads"] = 2
     assert gains.alike([two, one]) == [one]
     assert gains.alike([two, one, content("model")]) == [one]
+    later, other = content(rows=[row()]), content(rows=[row()])
+    later["machine"] |= {"cpu_mhz": [2000, 2100], "load_at_start": 3.5}  # the same machine
+    other["machine"] |= {"cpu": "another"}
+    assert gains.alike([one, later, other]) == [one, later]
+
+
+def test_the_headline_says_what_ran_and_misses_say_how_many_tokens():
+    native = row("dora", ours=(130, 131, 132))
+    native["contenders"]["ours"]["path"] = "native:passes"
+    found = gains.gains([content(rows=[row(), native])])
+    assert "Implementation of ours: a path in 1 row, native:passes in 1 row." in (
+        gains.table(found).words
+    )
+    assert "Implementation of ours: a path." in gains.table(found[:1]).words
+    assert "dora 16 x 32 bf16 1.31 (1.21)" in gains.said(found)
+    few = gains.gains([content(rows=[row(shape=[4, 16, 32]), native])])
+    assert "dora 8 x 16 x 32 bf16 1.31 (1.21)" in gains.said(few)
 
 
 def test_the_picture_is_the_same_twice_and_shows_each_row():

@@ -78,6 +78,14 @@ Tensor times(const Tensor& t, const Tensor& core, double scale) {
 // Which directions run by the passes; the others by library calls.
 constexpr int64_t kForwardByPasses = 1, kBackwardByPasses = 2;
 
+// out += a b.  Below autograd nobody else counts the write, by which who keeps ``out`` (selective
+// checkpointing does) knows of it.
+Tensor accumulate(Tensor& out, const Tensor& a, const Tensor& b) {
+  out.addmm_(a, b);
+  out.unsafeGetTensorImpl()->bump_version();
+  return out;
+}
+
 // One operator's call as autograd sees it.
 struct Node : torch::autograd::Function<Node> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
@@ -126,9 +134,9 @@ Tensor Node::forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight
   const Tensor X = in_scale.defined() ? scale_columns(rows, in_scale, Tensor()) : rows;
   Tensor z;
   if (start.defined() && start.dim() == 2)
-    z = start.addmm_(X, weight.t());
-  else
-    z = at::linear(X, weight, given(start));
+    z = accumulate(start, X, weight.t());
+  else  // at::linear without its name: what watches library calls is shown the product
+    z = start.defined() ? at::addmm(start, X, weight.t()) : at::mm(X, weight.t());
   Tensor y = out_scale.defined() ? scale_columns(z, out_scale, bias) : z;
 
   if (differentiated) {
@@ -171,8 +179,8 @@ Gradients library_gradients(const Tensor& dy, const Tensor& x, const variable_li
   const bool need_dt = need_dX || need[kDown];
   const bool after = dy.element_size() == 2;  // dispatch.base_gemm_first
   if (down.defined()) {
-    const Tensor v = need[kUp] ? times(t, core, scale) : Tensor();
-    Tensor u;
+    Tensor u, v;
+    if (need[kUp]) v = times(t, core, scale);
     if (need_dt || need[kCore]) {
       const bool by_column = out_scale.defined();
       u = skinny(dy, by_column ? scaled(up, out_scale.unsqueeze(1)) : up);
@@ -184,13 +192,14 @@ Gradients library_gradients(const Tensor& dy, const Tensor& x, const variable_li
     }
     if (need_dt) {
       dt = times(u, core, scale);
+      u.reset(), v.reset();  // what follows is made without them
       if (need[kDown]) found[kDown] = scaled(at::mm(dt.t(), x), in_scale);
       if (need_dX && !after) dX = at::mm(dt, down);
     }
   }
   if (need_dX) {
-    dX = dX.defined() ? dX.addmm_(g, weight) : at::mm(g, weight);
-    if (dt.defined() && after) dX.addmm_(dt, down);
+    dX = dX.defined() ? accumulate(dX, g, weight) : at::mm(g, weight);
+    if (dt.defined() && after) accumulate(dX, dt, down);
   }
   if (in_scale.defined() && dX.defined()) {
     const auto over = scale_columns_backward(dX, x, in_scale, need[kX], need[kInScale], false);
@@ -238,9 +247,10 @@ struct Refuses : torch::autograd::Function<Refuses> {
 void refuse_again(variable_list& made, const Tensor& dy, const variable_list& saved) {
   variable_list tensors, sources{dy};
   for (const auto& one : saved) sources.push_back(one);
-  for (const auto& edge : torch::autograd::get_current_node()->next_edges())
-    if (auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(edge.function.get()))
-      sources.push_back(leaf->variable);
+  if (const auto node = torch::autograd::get_current_node())  // none where grad_fn(dy) is called
+    for (const auto& edge : node->next_edges())
+      if (auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(edge.function.get()))
+        sources.push_back(leaf->variable);
   sources.push_back(at::empty({0}).set_requires_grad(true));
   for (const auto& one : made)
     if (one.defined()) tensors.push_back(one);

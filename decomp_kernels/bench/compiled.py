@@ -20,15 +20,16 @@ def fresh_compiler() -> Iterator[None]:
         yield
 
 
-class Compiled:
+class Compiled(nn.Module):
     """Called as the model is.  Shapes are constants to the compiler; a break is no error here."""
 
-    def __init__(self, model: nn.Module, backend: str) -> None:
-        self.backend = backend
+    def __init__(self, model: nn.Module, backend: str = "inductor") -> None:
+        super().__init__()
+        self.model, self.backend = model, backend
         self.graphs = self.prepared = self.breaks = 0
         self._run = torch.compile(model, backend=self._counting, dynamic=False)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
 
     def prepare(self, step: Callable[[], object]) -> None:

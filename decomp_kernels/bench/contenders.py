@@ -17,6 +17,7 @@ from torch import nn
 
 from decomp_kernels import dispatch
 from decomp_kernels.bench import engine, formulas, observed, peers, peers_gpu
+from decomp_kernels.bench.compiled import Compiled
 from decomp_kernels.bench.engine import CONTROL, FROZEN, Contender
 from decomp_kernels.interop.peft.accelerate import accelerate, fused_calls, peft_lines
 from decomp_kernels.linear import DecomposedLinear
@@ -36,7 +37,7 @@ class Entry:
     module: nn.Module
     path: str = ""
     calls: Sequence[str] = ()
-    compiled: observed.Compiled | None = None
+    compiled: Compiled | None = None
 
 
 class Contenders:
@@ -82,7 +83,7 @@ class Contenders:
             for name in peers_gpu.NAMES if device.type == "cuda" else ():
                 self._on_gpu(name)
         if compile_too:
-            observed.Compiled.forget()
+            torch._dynamo.reset()  # eight compilations of one forward are all that there may be
             self._compiled(OURS_COMPILED, copy.deepcopy(self.ours))
             for entry in [entry for entry in self.entries if entry.contender.name == PEFT]:
                 self._compiled(PEFT_COMPILED, copy.deepcopy(entry.module))
@@ -101,11 +102,12 @@ class Contenders:
         name: str,
         module: nn.Module,
         path: Callable[[observed.Observed], str],
-        compiled: observed.Compiled | None = None,
+        compiled: Compiled | None = None,
     ) -> Entry:
         contender = engine.layer(name, module if compiled is None else compiled, self.x, self.dy)
         if compiled is not None:
-            compiled.prepare(contender)
+            compiled.prepare(lambda: engine.step(contender))
+            contender.reset()
         seen = observed.observe(contender)
         entry = Entry(contender, module, path(seen), seen.lines(), compiled)
         self.entries.append(entry)
@@ -184,7 +186,7 @@ class Contenders:
             self.left_out[name] = f"it fails: {type(error).__name__}: {str(error)[:200]}"
 
     def _compiled(self, name: str, module: nn.Module) -> None:
-        compiled = observed.Compiled(module)
+        compiled = Compiled(module)
 
         def path(seen: observed.Observed) -> str:
             return ", ".join(part for part in (compiled.path(), seen.path()) if part)

@@ -7,13 +7,14 @@ Where PEFT lacks a method the peer is the formula of its authors, written plainl
 """
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from decomp_kernels.bench import layer_tables
 from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT_COMPILED
 from decomp_kernels.bench.engine import FROZEN, Spread, spread
-from decomp_kernels.bench.tables import MIB, SHORT, Table
+from decomp_kernels.bench.tables import MIB, SHORT, Table, counted
 
 SHOWN = (  # the methods that most people train, and SSB, the paper's own
     ("lora", 0.0, False),
@@ -30,6 +31,7 @@ SHOWN = (  # the methods that most people train, and SSB, the paper's own
     ("oft", 0.0, False),
 )
 SAME = ("device", "threads", "clock")
+SAME_MACHINE = ("cpu", "cores", "gpus")  # its clocks and its load are never the same twice
 MORE_MEMORY = 1.05  # a peak this much above PEFT's is said
 
 
@@ -63,7 +65,11 @@ def alike(contents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     found = [content for content in contents if content["suite"] == "layer"]
     found.sort(key=lambda content: -len(content["rows"]))
     how = [
-        [content["machine"], *(content["protocol"].get(name) for name in SAME)] for content in found
+        [
+            *(content["machine"].get(name) for name in SAME_MACHINE),
+            *(content["protocol"].get(name) for name in SAME),
+        ]
+        for content in found
     ]
     return [content for content, one in zip(found, how, strict=True) if one == how[0]]
 
@@ -107,9 +113,17 @@ def table(found: Sequence[Gain]) -> Table:
         words = (
             f"One layer of {K} x {N} in {SHORT[found[0].dtype]}, {M} tokens: forward + backward "
             "over the frozen nn.Linear; PEFT / ours is the speed-up, median and quartiles within "
-            "rounds."
+            f"rounds. Implementation of ours: {_paths(found)}."
         )
     return Table("What a step costs", header, lines, words)
+
+
+def _paths(found: Iterable[Gain]) -> str:
+    """What ours was seen to take, most rows first, each with its rows where they differ."""
+    count = Counter(gain.row["contenders"][OURS]["path"] for gain in found)
+    if len(count) == 1:
+        return next(iter(count))
+    return ", ".join(f"{path} in {counted(n, 'row')}" for path, n in count.most_common())
 
 
 def sides(found: Iterable[Gain]) -> tuple[list[Gain], list[Gain], list[Gain]]:
@@ -126,6 +140,7 @@ def sides(found: Iterable[Gain]) -> tuple[list[Gain], list[Gain], list[Gain]]:
 def said(found: Sequence[Gain]) -> str:
     """Wins and misses in Markdown: how many rows there are of each, and every miss by name."""
     parts = []
+    tokens = len({gain.shape[0] for gain in found}) > 1
     for whose, rows in (
         ("PEFT's layer", [gain for gain in found if gain.peer_is != FORMULA]),
         (
@@ -141,25 +156,30 @@ def said(found: Sequence[Gain]) -> str:
             )
         if slower:
             slower.sort(key=lambda gain: gain.speed.median)
-            listed = _listed(slower, lambda g: f"{g.ours.median:.2f} ({g.peer.median:.2f})")
+            listed = _listed(slower, tokens, lambda g: f"{g.ours.median:.2f} ({g.peer.median:.2f})")
             parts.append(f"**Slower**, over the frozen layer, theirs in brackets: {listed}.")
         larger = [
             gain for gain in rows if gain.peaks[OURS] > MORE_MEMORY * gain.peaks[gain.peer_is]
         ]
         if larger:
             larger.sort(key=lambda gain: gain.peaks[gain.peer_is] / gain.peaks[OURS])
-            listed = _listed(larger, lambda g: f"{g.peaks[OURS]:.1f} ({g.peaks[g.peer_is]:.1f})")
+            listed = _listed(
+                larger, tokens, lambda g: f"{g.peaks[OURS]:.1f} ({g.peaks[g.peer_is]:.1f})"
+            )
             parts.append(f"**More peak memory**, MiB: {listed}.")
     return "\n\n".join(parts)
 
 
-def _listed(found: Sequence[Gain], text: Callable[[Gain], str]) -> str:
-    """By method: oft 2048 x 2048 bf16 1.62 (1.40), 1024 x 1024 bf16 1.72 (1.47); pissa ..."""
+def _listed(found: Sequence[Gain], tokens: bool, text: Callable[[Gain], str]) -> str:
+    """By method: oft 2048 x 2048 bf16 1.62 (1.40), 1024 x 1024 bf16 1.72 (1.47); pissa ...
+
+    ``tokens``: M x K x N.
+    """
     methods: dict[str, list[str]] = {}
     for gain in found:
-        _, K, N = gain.shape
+        M, K, N = gain.shape
         bias = ", bias" if gain.row["bias"] else ""
-        where = f"{K} x {N} {SHORT[gain.dtype]}{bias}"
+        where = f"{f'{M} x ' if tokens else ''}{K} x {N} {SHORT[gain.dtype]}{bias}"
         methods.setdefault(gain.label, []).append(f"{where} {text(gain)}")
     return "; ".join(f"{label} {', '.join(places)}" for label, places in methods.items())
 

@@ -120,6 +120,13 @@ def check(point: Point) -> None:
         raise ValueError(f"{point.label}: {error}") from None
 
 
+def least_bytes(point: Point) -> int:
+    """What all processes' contenders hold at the least: three stacks of weights, x and dy."""
+    M, K, N = point.shape
+    held = 3 * point.layers * N * K + M * (K + N)
+    return DTYPES[point.dtype].itemsize * held * (point.ranks if point.axis == "ranks" else 1)
+
+
 @dataclass(frozen=True)
 class Stack:
     """A contender as a model, before it becomes a step; path: what it is made of."""

@@ -4,6 +4,7 @@ Rows of the same method, shape and dtypes from several processes or files are on
 of the processes' medians, their range where there are several, and the outermost quartiles.
 """
 
+import math
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -89,6 +90,17 @@ def tables_of(rows: Iterable[dict[str, Any]], phase: str = "both") -> list[Table
             Table("Layers: who is not beside ours, and why", ("who", "method", "why"), absent)
         )
     return found
+
+
+def check(rows: list[dict[str, Any]]) -> None:
+    """ValueError where rows are not those of the layer suite, as a file by others may have."""
+    try:
+        tables_of(rows)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"the rows must be those that bench layer writes, got {type(error).__name__}: {error}; "
+            "measure again with this version"
+        ) from error
 
 
 def _time(groups: list[Group], phase: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -287,10 +299,14 @@ def picture_of(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
         M, K, N = group[0]["shape"]
         panels.setdefault((f"{M} x {K} x {N}", group[0]["dtype"]), []).append(group)
     longest = max(len(groups) for groups in panels.values())
+    across = min(len(panels), 2)  # readable where a page is as wide as two panels
+    lines = math.ceil(len(panels) / across)
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), 1.4 + 0.36 * longest), squeeze=False
+        lines, across, figsize=(4.9 * across, (1.4 + 0.36 * longest) * lines), squeeze=False
     )
-    for axis, ((shape, dtype), groups) in zip(axes[0], panels.items(), strict=True):
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    for axis, ((shape, dtype), groups) in zip(axes.flat, panels.items(), strict=False):
         limit = 2 * max(100 * (max(medians(group, OURS)) - 1) for group in groups)
         limit = max(limit, 20.0)
         kinds = (
@@ -298,6 +314,7 @@ def picture_of(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
             ("PEFT or formula", rival, "tab:orange"),
             (ACCELERATED, lambda group: ACCELERATED, "tab:green"),
         )
+        reach = 0.0  # the end of the longest bar or quartile
         for place, (label, who, color) in enumerate(kinds):
             bars = [
                 (i + 0.27 * (place - 1), *_percent(group, name))
@@ -308,6 +325,7 @@ def picture_of(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
                 continue
             spots, middle, low, high = zip(*bars, strict=True)
             cut = [min(value, limit) for value in middle]
+            reach = max(reach, min(max(high), limit))
             errors = [
                 [max(0.0, m - q) for m, q in zip(middle, low, strict=True)],
                 [max(0.0, q - m) if q < limit else 0.0 for m, q in zip(middle, high, strict=True)],
@@ -319,7 +337,7 @@ def picture_of(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
             for spot, value in zip(spots, middle, strict=True):
                 if value > limit:
                     axis.text(limit, spot, f" {value:.0f} %", va="center", fontsize=6)
-        axis.set_xlim(right=1.15 * limit)
+        axis.set_xlim(right=1.15 * max(reach, 1.0))
         axis.set_yticks(range(len(groups)), [group[0]["label"] for group in groups], fontsize=8)
         axis.invert_yaxis()
         axis.axvline(0.0, color="black", linewidth=0.8)

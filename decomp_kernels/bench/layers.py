@@ -11,12 +11,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
+from torch import nn
 
 from decomp_kernels import roofline
 from decomp_kernels.bench import conditions, engine, memory
 from decomp_kernels.bench.contenders import OURS, Contenders, Entry
 from decomp_kernels.bench.engine import FROZEN, PHASES, Samples
 from decomp_kernels.explanation import Explanation, explain
+from decomp_kernels.linear import DecomposedLinear
 from decomp_kernels.methods import methods
 from decomp_kernels.methods.base import Method
 from decomp_kernels.roofline import Terms
@@ -81,10 +83,10 @@ def rows(
     for p in dropouts or ():
         if not 0.0 <= p < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, got {p}")
-    for shape in shapes:
-        for bias in biases:
-            for dtype in dtypes:
-                for name in names or registry:
+    for shape in dict.fromkeys(shapes):
+        for bias in dict.fromkeys(biases):
+            for dtype in dict.fromkeys(dtypes):
+                for name in dict.fromkeys(names or registry):
                     plain = _options(registry[name], rank)
                     if dropouts is None and adapter_dtypes is None:
                         asked = _variants(name)
@@ -99,6 +101,22 @@ def rows(
                         yield Row(name, options, shape, dtype, adapter_dtype, label, bias)
 
 
+def check(row: Row) -> None:
+    """ValueError where the method does not fit the layer; nothing is allocated."""
+    _, K, N = row.shape
+    linear = nn.Linear(K, N, bias=row.bias, device="meta", dtype=DTYPES[row.dtype])
+    try:
+        DecomposedLinear(linear, row.make(), dtype=DTYPES[row.adapter_dtype])
+    except ValueError as error:
+        raise ValueError(f"{row.label} on {K} x {N}: {error}") from None
+
+
+def least_bytes(row: Row) -> int:
+    """What a row's contenders hold at the least: four weights, inputs, outputs, gradients."""
+    M, K, N = row.shape
+    return DTYPES[row.dtype].itemsize * (4 * N * K + 2 * M * (K + N))
+
+
 def _variants(name: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
     yield "", {}, False
     for variant, of, extra, wide in VARIANTS:
@@ -110,8 +128,8 @@ def _grid(
     name: str, dropouts: Sequence[float], adapter_dtypes: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, Any], bool]]:
     known = {field.name for field in fields(methods()[name])}
-    for p in dropouts if "dropout" in known else (0.0,):
-        for adapter_dtype in adapter_dtypes:
+    for p in dict.fromkeys(dropouts) if "dropout" in known else (0.0,):
+        for adapter_dtype in dict.fromkeys(adapter_dtypes):
             wide = adapter_dtype == WIDE
             parts = ["fp32 adapters"] * wide + [f"dropout {p:g}"] * (p > 0)
             extra: dict[str, Any] = {"dropout": p} if p else {}
@@ -179,7 +197,7 @@ def build(
 def _measured(entry: Entry, samples: Samples, device: torch.device) -> dict[str, Any]:
     contender, module = entry.contender, entry.module
     path = entry.path
-    if entry.compiled is not None and entry.compiled.graphs != entry.compiled.seen:
+    if entry.compiled is not None and entry.compiled.graphs != entry.compiled.prepared:
         path = entry.compiled.path()  # compiled anew while it was timed
     return {
         "path": path,

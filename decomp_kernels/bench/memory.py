@@ -2,7 +2,8 @@
 
 Outputs and gradients are included, weights and the input are not.  On CPU the profiler reports
 each allocation and release with its time, temporaries inside library calls included; on a GPU the
-caching allocator keeps the peak itself.
+caching allocator keeps the peak itself.  What a kernel takes past PyTorch's allocator is not seen:
+of ours on a CPU the panel of each thread, of the library what it packs.
 """
 
 import os

@@ -55,7 +55,14 @@ def page(files: Sequence[Shown]) -> str:
         f"<small>{escape(file.name)}</small></li>"
         for number, file in enumerate(files)
     )
-    body = "\n".join([_gains(files), *sections])
+    try:
+        body = "\n".join([_gains(files), *sections])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        names = ", ".join(file.name for file in files if file.content["suite"] == "layer")
+        raise ValueError(
+            f"{names}: the rows must have positive times of each contender in each round, got "
+            f"{type(error).__name__}: {error}; measure again"
+        ) from error
     return PAGE.format(style=STYLE, script=SCRIPT, links=links, body=body, words=WORDS)
 
 
@@ -93,9 +100,10 @@ def _section(number: int, file: Shown) -> str:
         where = headline({"protocol": {}, "commit": None} | content)
         shown = "".join(_table(table, content) for table in tables) + _again(content)
         picture = _picture(content)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{file.name}: {error}") from error
-    whole = rerun.command(content)
+        whole = rerun.command(content)
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        words = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{file.name}: {words}") from error
     command = "" if whole is None else f"<p>Again: <code>{escape(whole)}</code></p>"
     title = f"{escape(_title(file))} <small>{escape(Path(file.name).name)}</small>"
     return f"""<section id="file-{number}"><h2>{title}</h2>

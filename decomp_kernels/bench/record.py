@@ -14,6 +14,11 @@ from typing import Any
 from decomp_kernels.bench.machine import machine
 
 FORMAT = "decomp_kernels.bench/1"
+PARTS = {  # of a file, and of what kind each is
+    "suite": str, "date": str, "commit": str | None, "machine": dict, "versions": dict,
+    "protocol": dict, "rows": list,
+}  # fmt: skip
+DECIDING = ("torch", "triton", "peft", "transformers")  # a result is theirs as well as ours
 PACKAGES = (
     "decomp_kernels", "torch", "triton", "peft", "transformers", "numpy",
     "bitsandbytes", "torchao", "axolotl", "unsloth",
@@ -58,18 +63,48 @@ def _text(content: dict[str, Any]) -> str:
     return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path, suite: str | None = None) -> dict[str, Any]:
+    """ValueError where the file is none that ``document`` made, or is of another suite."""
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
         content = None
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise ValueError(
             f"{path} must be a results file of format {FORMAT!r}, got {found!r}; "
-            "write one with: decomp-kernels bench layer --output FILE"
+            f"write one with: decomp-kernels bench {suite or 'layer'} --output FILE"
+        )
+    wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
+    if wrong or not all(isinstance(row, dict) for row in content["rows"]):
+        raise ValueError(
+            f"{path} must be a whole results file; its {' and '.join(wrong) or 'rows'} are missing "
+            "or of another kind; measure again"
+        )
+    if suite is not None and content["suite"] != suite:
+        raise ValueError(
+            f"{path} must be a results file of bench {suite}, got one of {content['suite']!r}; "
+            "name another file"
         )
     return content
+
+
+def check_same_place(content: dict[str, Any], path: Path) -> None:
+    """ValueError where the file was measured on another processor or with other packages, under
+    whose name a document made now would put its rows.
+    """
+    was = {"cpu": content["machine"].get("cpu")} | {n: content["versions"].get(n) for n in DECIDING}
+    now = {"cpu": machine()["cpu"]} | {name: versions().get(name) for name in DECIDING}
+    for what in was:
+        if was[what] != now[what]:
+            raise ValueError(
+                f"--resume needs the same machine and packages: {path} is of {_said(what, was)}, "
+                f"this one is {_said(what, now)}; name another --output"
+            )
+
+
+def _said(what: str, found: dict[str, str | None]) -> str:
+    return str(found[what]) if what == "cpu" else f"{what} {found[what] or 'missing'}"
 
 
 def versions() -> dict[str, str]:

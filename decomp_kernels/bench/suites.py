@@ -22,7 +22,7 @@ def read(path: Path) -> dict[str, Any]:
     """A results file of any suite; ValueError where it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} must be a results file in JSON, got something else ({error}); write one with: "
             "decomp-kernels bench layer --output FILE"
@@ -34,10 +34,13 @@ def read(path: Path) -> dict[str, Any]:
             "with: decomp-kernels bench layer --output FILE"
         )
     missing = [name for name in NEEDED if name not in content]
-    if missing or not all(isinstance(content[name], dict) for name in NEEDED[2:]):
+    objects = [content.get(name) for name in NEEDED[2:]] + [content.get("protocol", {})]
+    texts = [content.get(name) for name in NEEDED[:2]]
+    whole = all(isinstance(each, dict) for each in objects)
+    if missing or not whole or not all(isinstance(each, str) for each in texts):
         raise ValueError(
-            f"{path} must have {', '.join(NEEDED)} (the last two are objects), got "
-            f"{', '.join(content)}; measure again"
+            f"{path} must have {', '.join(NEEDED)} (two texts, two objects; a protocol is one too),"
+            f" got {', '.join(content)}; measure again"
         )
     return content
 

@@ -49,7 +49,10 @@ def headline(content: dict[str, Any]) -> str:
         processes = protocol.get("processes", 1)
         parts.append(rounds if processes == 1 else f"{rounds} x {processes} processes")
     parts += [f"{name} {versions[name]}" for name in ("torch", "peft") if name in versions]
-    parts.append(f"commit {(content['commit'] or '?')[:12]}")
+    rows = content.get("rows")  # those that --resume kept may be older than the file
+    of_rows = [row.get("commit") for row in rows] if isinstance(rows, list) else []
+    commits = dict.fromkeys(filter(None, of_rows)) or {content["commit"] or "?": None}
+    parts.append(f"commit {', '.join(one[:12] for one in commits)}")
     parts.append(content["date"][:10])
     return ", ".join(parts)
 

@@ -11,6 +11,7 @@ import torch
 import decomp_kernels as dk
 from decomp_kernels import dispatch, native_library, tables
 from decomp_kernels.bench import record
+from decomp_kernels.bench.tables import counted
 
 OPTIONAL = {  # package: what needs it
     "triton": "kernels on a GPU",
@@ -96,12 +97,13 @@ def _native() -> dict[str, Any]:
 
 def text(found: dict[str, Any]) -> str:
     machine, impls = found["machine"], found["implementations"]
+    threads = counted(machine["threads"], "thread")
     lines = [
         f"decomp_kernels  {found['decomp_kernels']}, {found['methods']} methods",
         f"python          {found['python']}, {machine['system']}",
         f"torch           {found['torch']}",
         f"processor       {machine['cpu']}, {machine['instruction_set']}",
-        f"                {machine['cores']} cores, {machine['threads']} threads in use",
+        f"                {counted(machine['cores'], 'core')}, {threads} in use",
         f"GPU             {', '.join(machine['gpus']) or 'none that torch sees'}",
         *_native_lines(found["native"]),
         f"impl            {', '.join(impls['available'])}",

@@ -148,5 +148,16 @@ def arms(
 def _nearest(arm: Arm, parameters: int, counted: Any) -> Arm:
     """``arm`` with the rank, at most its budget, whose parameters are nearest in number."""
     assert arm.budget is not None
-    tried = [counted(replace(arm, r=r)) for r in (arm.budget, arm.budget - 1) if r > 0]
-    return min(tried, key=lambda one: abs(one.trainable - parameters))
+    nearest = counted(replace(arm, r=arm.budget))
+    if nearest.trainable <= parameters:
+        return nearest
+    low, high, rank = 0, arm.budget, arm.budget - 1  # mostly one of two; else by halving
+    while low < rank:
+        try:
+            tried = counted(replace(arm, r=rank))
+        except BadInput:  # AdaLoRA cannot shrink a rank of 1
+            break
+        nearest = min(nearest, tried, key=lambda one: abs(one.trainable - parameters))
+        low, high = (rank, high) if tried.trainable <= parameters else (low, rank)
+        rank = (low + high) // 2
+    return nearest

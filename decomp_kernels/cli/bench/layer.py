@@ -14,7 +14,13 @@ from decomp_kernels import dispatch
 from decomp_kernels.bench import layer_tables, layers, record
 from decomp_kernels.bench.shapes import positive, shape
 from decomp_kernels.bench.tables import headline, texts
-from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
+from decomp_kernels.cli.bench.protocol import (
+    add_protocol,
+    check_memory,
+    clock_of,
+    device_of,
+    protocol_of,
+)
 from decomp_kernels.cli.errors import BadInput
 
 SHAPES = [(512, 1024, 1024), (512, 2048, 2048)]
@@ -93,8 +99,10 @@ def run(args: argparse.Namespace) -> int:
                 args.adapter_dtype,
             )
         )  # fmt: skip
+        todo = _fitting(todo, args.methods is not None)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    check_memory(max(map(layers.least_bytes, todo)), device_of(args))
     protocol = protocol_of(args) | {
         "processes": args.processes,
         "rank": args.rank,
@@ -127,6 +135,28 @@ def run(args: argparse.Namespace) -> int:
         layer_tables.picture(content, args.picture)
         print(f"written: {args.picture}")
     return 0
+
+
+def _fitting(todo: list[layers.Row], named: bool) -> list[layers.Row]:
+    """The rows whose method fits their layer; ValueError where one that was named does not."""
+    fitting: list[layers.Row] = []
+    told: dict[str, None] = {}
+    for row in todo:
+        try:
+            layers.check(row)
+        except ValueError as error:
+            if named:
+                raise
+            told[f"left out: {error}"] = None
+        else:
+            fitting.append(row)
+    if not fitting:
+        raise ValueError(
+            "there must be a row to measure, got none: --adapter-dtype float32 on a float32 layer "
+            "is --adapter-dtype base, and every method must fit its layer"
+        )
+    print("".join(f"{line}\n" for line in told), end="", file=sys.stderr)
+    return fitting
 
 
 def _impls(args: argparse.Namespace) -> list[str]:
@@ -163,17 +193,11 @@ def _earlier(args: argparse.Namespace, protocol: dict[str, Any]) -> list[dict[st
     if not path.exists():
         return []
     try:
-        content = record.read(path)
+        content = record.read(path, SUITE)
+        layer_tables.check(content["rows"])
+        record.check_same_place(content, path)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    cpu = content["machine"]["cpu"], record.machine()["cpu"]
-    if content["suite"] != SUITE:
-        raise BadInput(f"--resume needs a file of bench {SUITE}, and {path} is {content['suite']}")
-    if cpu[0] != cpu[1]:
-        raise BadInput(
-            f"--resume needs the same machine: {path} is of {cpu[0]}, this one is {cpu[1]}; name "
-            "another --output"
-        )
     now = json.loads(json.dumps(protocol))
     names = {*now, *content["protocol"]}
     other = sorted(name for name in names if now.get(name) != content["protocol"].get(name))
@@ -194,7 +218,7 @@ def _key(row: layers.Row) -> tuple[Any, ...]:
 
 
 def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["process"], *layer_tables.key(row)
+    return row.get("process", 0), *layer_tables.key(row)
 
 
 def _here(todo: list[layers.Row], protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -13,7 +14,13 @@ from decomp_kernels.bench.agreement import Disagreement
 from decomp_kernels.bench.layers import ADAPTER_DTYPES
 from decomp_kernels.bench.shapes import positive
 from decomp_kernels.bench.tables import counted, headline, texts
-from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
+from decomp_kernels.cli.bench.protocol import (
+    add_protocol,
+    check_memory,
+    clock_of,
+    device_of,
+    protocol_of,
+)
 from decomp_kernels.cli.errors import BadInput, CheckFailed, need, one_line
 
 DTYPES = ("float32", "bfloat16")
@@ -72,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         need("transformers", "train")
         for row in todo:
+            width = decoder.DTYPES[row.dtype].itemsize
+            check_memory(width * row.size.parameters, device_of(args))
             decoder.check(row)
     except (TypeError, ValueError) as error:
         raise BadInput(one_line(error)) from None
@@ -88,10 +97,14 @@ def run(args: argparse.Namespace) -> int:
         f"{size.batch} x {size.sequence} tokens a step",
         file=sys.stderr, flush=True,
     )  # fmt: skip
-    content = record.document("model", protocol, _measure(todo, protocol))
+    measured: list[dict[str, Any]] = []
+    for found in _measure(todo, protocol):
+        measured.append(found)
+        if args.output is not None:  # a run that ends early keeps what it has
+            record.write(args.output, record.document("model", protocol, measured))
+    content = record.document("model", protocol, measured)
     print(f"{headline(content)}\n\n{texts(model_tables.tables(content))}")
     if args.output is not None:
-        record.write(args.output, content)
         print(f"written: {args.output}")
     if args.picture is not None:
         model_tables.picture(content, args.picture)
@@ -117,8 +130,7 @@ def _check_backend(backend: str, device: str) -> None:
         ) from None
 
 
-def _measure(todo: list[decoder.Row], protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    measured: list[dict[str, Any]] = []
+def _measure(todo: list[decoder.Row], protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:
     started = time.monotonic()
     for number, row in enumerate(todo, start=1):
         try:
@@ -133,11 +145,10 @@ def _measure(todo: list[decoder.Row], protocol: dict[str, Any]) -> list[dict[str
             )
         except Disagreement as error:
             raise CheckFailed(f"{row.label}, {row.dtype}: {error}") from None
-        measured.append(found)
         left = (time.monotonic() - started) / number * (len(todo) - number)
         print(
             f"{number}/{len(todo)}  {model_tables.progress(found)}  ({found['seconds']:.0f} s, "
             f"about {left / 60:.0f} min left)",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-    return measured
+        yield found

@@ -18,7 +18,7 @@ from decomp_kernels.cli import models, quality, quality_arms
 from decomp_kernels.cli import options as defaults
 from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
 from decomp_kernels.cli.datasets import Data, gather
-from decomp_kernels.cli.errors import BadInput, need
+from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.glue import GLUE, Glue, heads_of, read_glue
 from decomp_kernels.cli.quality_arms import ALL_SIX, METHODS, SCALED, Arm
 from decomp_kernels.cli.retrieval import Retrieval
@@ -93,8 +93,6 @@ def add(suites: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    if args.picture is not None:
-        need("matplotlib", "train")  # now, not after the training
     measuring = protocol_of(args)
     earlier = _earlier(args)
     setting, described, rate_of = _setting(args, torch.device(args.device))
@@ -244,7 +242,9 @@ def _earlier(args: argparse.Namespace) -> dict[str, Any] | None:
             f"{args.output} is there already: give --resume to go on with it, or another --output"
         )
     try:
-        return record.read(args.output)
+        content = record.read(args.output, "quality")
+        record.check_same_place(content, args.output)
+        return content
     except ValueError as error:
         raise BadInput(str(error)) from None
 

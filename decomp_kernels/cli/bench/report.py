@@ -28,12 +28,16 @@ def add(suites: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     paths = files(args.places or [DEFAULT])
+    if args.output.resolve() in [path.resolve() for path in paths]:
+        raise BadInput(
+            f"--output must not be one of the results files, got {args.output}: name an .html file"
+        )
+    record.check_place(args.output)
     try:
         shown = [page.Shown(str(path), suites.read(path)) for path in paths]
         text = page.page(shown)
     except ValueError as error:
         raise BadInput(str(error)) from None
-    record.check_place(args.output)
     args.output.write_text(text, encoding="utf-8")
     print(
         f"written: {args.output} ({len(shown)} results files, {len(text.encode()) / 2**10:.0f} KiB)"

@@ -14,7 +14,13 @@ from decomp_kernels.bench.engine import FROZEN
 from decomp_kernels.bench.growth import AXES, Point
 from decomp_kernels.bench.shapes import positive, shape
 from decomp_kernels.bench.tables import headline, texts
-from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
+from decomp_kernels.cli.bench.protocol import (
+    add_protocol,
+    check_memory,
+    clock_of,
+    device_of,
+    protocol_of,
+)
 from decomp_kernels.cli.errors import BadInput, CheckFailed
 
 METHODS = ["lora", "dora", "ssb"]
@@ -70,24 +76,36 @@ def sizes(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    on_gpu = torch.device(args.device).type == "cuda"
+    on_gpu = device_of(args).type == "cuda"
     todo = _points(args, on_gpu)
-    protocol = protocol_of(args) | {"peer": not args.no_peer, "timeout": args.timeout}
+    check_memory(max(map(growth.least_bytes, todo)), device_of(args))
+    protocol = protocol_of(args) | {
+        "peer": not args.no_peer,
+        "timeout": args.timeout,
+        "shape": args.shape or _usual_shape(args, on_gpu),
+        "rank": args.rank,
+        "layers": args.layers,
+    }
     measured: list[dict[str, Any]] = []
     started = time.monotonic()
     for row in _rows(todo, protocol):
         measured.append(row)
+        if args.output is not None:  # a run that ends early keeps what it has
+            record.write(args.output, record.document("scale", protocol, measured))
         _progress(len(measured), len(todo), row, time.monotonic() - started)
     content = record.document("scale", protocol, measured)
     print(headline(content))
     print(f"\n{texts(scale_tables.tables(content))}")
     if args.output is not None:
-        record.write(args.output, content)
         print(f"written: {args.output}")
     if args.picture is not None:
         scale_tables.picture(content, args.picture)
         print(f"written: {args.picture}")
     return 0
+
+
+def _usual_shape(args: argparse.Namespace, on_gpu: bool) -> tuple[int, int, int]:
+    return QUICK_SHAPE if args.quick else GPU_SHAPE if on_gpu else SHAPE
 
 
 def _points(args: argparse.Namespace, on_gpu: bool) -> list[Point]:
@@ -102,12 +120,11 @@ def _points(args: argparse.Namespace, on_gpu: bool) -> list[Point]:
             f"ranks on {args.device} must be at most the number of GPUs here, {gpus}, got "
             f"{max(wanted['ranks'])}; give --sizes ranks=..., or leave ranks out of --axes"
         )
-    usual = QUICK_SHAPE if args.quick else GPU_SHAPE if on_gpu else SHAPE
     try:
         todo = list(
             growth.points(
                 dict.fromkeys(args.methods), dict.fromkeys(args.axes), wanted,
-                shape=args.shape or usual, r=args.rank, layers=args.layers,
+                shape=args.shape or _usual_shape(args, on_gpu), r=args.rank, layers=args.layers,
                 dtype=args.dtype or ("bfloat16" if on_gpu else "float32"),
             )
         )  # fmt: skip
@@ -115,6 +132,12 @@ def _points(args: argparse.Namespace, on_gpu: bool) -> list[Point]:
             growth.check(point)
     except ValueError as error:
         raise BadInput(str(error)) from None
+    most = 16 * ranks.cores()
+    if (asked := max([point.ranks for point in todo], default=1)) > most:
+        raise BadInput(
+            f"ranks are processes: there must be at most {most} on {ranks.cores()} cores, got "
+            f"{asked}; give --sizes ranks=..."
+        )
     if not todo:
         raise BadInput(
             f"the axis r is for methods with a rank, got {', '.join(args.methods)}; name one such "

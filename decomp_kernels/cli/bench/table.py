@@ -31,19 +31,20 @@ def add(suites: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        contents = [record.read(path) for path in args.files]
+        contents = [record.read(path, "layer") for path in args.files]
+        rows = [row for content in contents for row in content["rows"]]
+        layer_tables.check(rows)
+        headlines = [_headline(path, one) for path, one in zip(args.files, contents, strict=True)]
+        goals = None if args.goals is None else _goals(args.goals, rows)
         if args.into is not None:
             check_marked(args.into, "layers" if args.goals is None else "goals")
     except ValueError as error:
         raise BadInput(str(error)) from None
-    rows = [row for content in contents for row in content["rows"]]
-    if args.goals is None:
+    if goals is None:
         name = "layers"
         table = texts(layer_tables.tables_of(rows, args.phase))
     else:
-        goals = json.loads(args.goals.read_text())["goals"]
-        name, table = "goals", layer_tables.against_goals(rows, goals)
-    headlines = [headline(content) for content in contents]
+        name, table = "goals", goals
     print("\n".join([*headlines, "", table]))
     if args.into is not None:
         put_into(args.into, name, "\n\n".join([*headlines, table]))
@@ -52,3 +53,24 @@ def run(args: argparse.Namespace) -> int:
         layer_tables.picture_of(rows, args.picture, headlines[0])
         print(f"written: {args.picture}")
     return 0
+
+
+def _headline(path: Path, content: dict[str, Any]) -> str:
+    try:
+        return headline(content)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} must say its machine, threads and rounds as bench layer does, got "
+            f"{type(error).__name__}: {error}; measure again"
+        ) from error
+
+
+def _goals(path: Path, rows: list[dict[str, Any]]) -> str:
+    """The table of goals; ValueError where the file has none."""
+    try:
+        return layer_tables.against_goals(rows, json.loads(path.read_text("utf-8"))["goals"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'{path} must be a JSON object of "goals", each with label, shape, dtype, '
+            f"adapter_dtype and goal, got {type(error).__name__}: {error}"
+        ) from error
