@@ -129,7 +129,7 @@ def commit() -> str | None:
         return None
     try:
         head = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "*.py")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "*.py", "csrc")
     except (OSError, subprocess.CalledProcessError):
         return None  # no git on this machine: the version still names the code
     return head + ("+" if changed else "")
