@@ -23,6 +23,10 @@ OPERATORS = (
     "fused_forward", "fused_input_gradient", "squared_rows", "row_norm_fwd", "row_norm_bwd",
     "merged_weight", "gram_fwd", "gram_bwd", "dequantize",
 )  # fmt: skip
+AUTOGRAD_ARGUMENTS = (
+    "x", "weight", "bias", "down", "up", "core", "in_scale", "out_scale", "seed", "scale",
+    "dropout", "passes",
+)  # fmt: skip
 
 
 @cache
