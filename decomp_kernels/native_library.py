@@ -64,6 +64,9 @@ def why_not_autograd() -> str | None:
         return f"{path.name} does not load: {error}"
     if not hasattr(torch.ops.decomp_kernels_autograd, "decomposed_linear"):
         return f"{path.name} is of another version: build it again"
+    schema = torch.ops.decomp_kernels_autograd.decomposed_linear.default._schema
+    if tuple(argument.name for argument in schema.arguments) != AUTOGRAD_ARGUMENTS:
+        return f"{path.name} is of another version: build it again"
     return None
 
 
