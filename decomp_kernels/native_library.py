@@ -23,6 +23,10 @@ OPERATORS = (
     "fused_forward", "fused_input_gradient", "squared_rows", "row_norm_fwd", "row_norm_bwd",
     "merged_weight", "gram_fwd", "gram_bwd", "dequantize",
 )  # fmt: skip
+AUTOGRAD_ARGUMENTS = (
+    "x", "weight", "bias", "down", "up", "core", "in_scale", "out_scale", "seed", "scale",
+    "dropout", "passes",
+)  # fmt: skip
 
 
 @cache
@@ -59,6 +63,9 @@ def why_not_autograd() -> str | None:
     except OSError as error:
         return f"{path.name} does not load: {error}"
     if not hasattr(torch.ops.decomp_kernels_autograd, "decomposed_linear"):
+        return f"{path.name} is of another version: build it again"
+    schema = torch.ops.decomp_kernels_autograd.decomposed_linear.default._schema
+    if tuple(argument.name for argument in schema.arguments) != AUTOGRAD_ARGUMENTS:
         return f"{path.name} is of another version: build it again"
     return None
 

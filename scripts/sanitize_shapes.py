@@ -116,18 +116,23 @@ def dequantize(data, ops, M, N, r, dtype):
 
 @call
 def autograd_node(data, ops, M, N, r, dtype):
-    """csrc/autograd, forward and backward, with some terms and some gradients."""
+    """csrc/autograd, forward and backward, with some terms and some gradients: by library calls or
+    host kernels, and by these both ways with dropout and a float32 branch too.
+    """
     K = data.draw(SIZES)
     branch = data.draw(st.booleans())
-    down, up = (drawn(r, K, dtype=dtype), drawn(N, r, dtype=dtype)) if branch else (None, None)
+    passes = data.draw(st.integers(0, 3))
+    small = torch.float32 if passes == 3 and data.draw(st.booleans()) else dtype
+    down, up = (drawn(r, K, dtype=small), drawn(N, r, dtype=small)) if branch else (None, None)
     core = some(data, r) if branch else None
+    mask = (torch.tensor(5), 0.3) if passes == 3 and data.draw(st.booleans()) else (None, 0.0)
     terms = [some(data, N, dtype=dtype), down, up, core, some(data, K), some(data, N)]
     x = drawn(M, K, dtype=dtype)
     for leaf in (x, *terms):
         if leaf is not None:
             leaf.requires_grad_(data.draw(st.booleans()))
     weight = drawn(N, K, dtype=dtype)
-    y = native_library.autograd_node()(x, weight, *terms, 0.7)
+    y = native_library.autograd_node()(x, weight, *terms, mask[0], 0.7, mask[1], passes)
     if y.requires_grad:
         y.sum().backward(create_graph=data.draw(st.booleans()))
 

@@ -356,6 +356,20 @@ def test_a_library_without_the_operator_is_not_used(folder, monkeypatch):
     assert native_library.autograd_node() is None
 
 
+def test_a_library_with_other_arguments_is_not_taken(monkeypatch):
+    """One that was built from older sources."""
+    kept = (native_library.why_not_autograd, native_library.autograd_node)
+    with monkeypatch.context() as patch:
+        for one in kept:
+            one.cache_clear()
+        patch.setattr(native_library, "AUTOGRAD_ARGUMENTS", native_library.AUTOGRAD_ARGUMENTS[:-1])
+        assert "is of another version" in native_library.why_not_autograd()
+        assert native_library.autograd_node() is None
+    for one in kept:
+        one.cache_clear()
+    assert native_library.autograd_node() is not None
+
+
 def test_what_the_node_itself_refuses():
     x, weight, factors = case(("low_rank",), torch.float32)
     node = native_library.autograd_node()
