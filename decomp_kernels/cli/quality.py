@@ -10,8 +10,8 @@ seed draws the adapter's start, the batches and a head's start: the same batches
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from decomp_kernels.bench import engine, memory, record
+from decomp_kernels.bench.contenders import leave_the_start
+from decomp_kernels.bench.observed import OPERATOR, Observed
 from decomp_kernels.cli import loop, models
 from decomp_kernels.cli.compare import twin
 from decomp_kernels.cli.quality_arms import FROZEN, Arm, companion_of
 from decomp_kernels.cli.tasks import Task
-from decomp_kernels.ops import decomposed_linear as operator
 from decomp_kernels.saved_modules import trained_copies
 
 SEARCH_SEED = 100
@@ -135,7 +136,7 @@ def cost(
     ]
     contenders = []
     for name, model, arm in made:
-        _leave_the_start(model)
+        leave_the_start(model)
         contenders.append(_contender(name, model, setting, arm, rows))
     told(f"timing {len(contenders)} contenders, {protocol['rounds']} rounds")
     samples = engine.measure(
@@ -143,11 +144,13 @@ def cost(
     )
     measured = {}
     for contender, (name, model, _) in zip(contenders, made, strict=True):
-        with _implementations() as seen:
-            contender.reset()
-            contender.backward(contender.forward())
+        with Observed() as observed:
+            engine.step(contender)
+        ways: Counter[str] = Counter()
+        for (operator, _, impl), calls in observed.calls.items():
+            ways[impl] += calls * (operator == OPERATOR)
         measured[name] = {
-            "path": ", ".join(f"{n} calls of {impl}" for impl, n in sorted(seen.items()))
+            "path": ", ".join(f"{n} calls of {impl}" for impl, n in sorted(ways.items()) if n)
             or "plain layers",
             "ratio": {
                 phase: samples.ratio(name, phase)._asdict() for phase in sorted(samples.ns[name])
@@ -188,13 +191,6 @@ def _start(head: nn.Module, seed: int) -> None:
             reset()
 
 
-@torch.no_grad()
-def _leave_the_start(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn_like(parameter), alpha=0.02)
-
-
 def _contender(
     name: str, model: nn.Module, setting: Setting, arm: Arm | None, rows: list[int]
 ) -> engine.Contender:
@@ -212,23 +208,3 @@ def _contender(
             parameter.grad = None
 
     return engine.Contender(name, forward, lambda loss: loss.backward(), reset)
-
-
-@contextmanager
-def _implementations() -> Iterator[dict[str, int]]:
-    """Counts the calls of the operator, forward and backward, by the implementation they took."""
-    seen: dict[str, int] = {}
-    chosen = operator.implementation
-
-    def noted(*given: Any) -> Any:
-        module = chosen(*given)
-        parts = module.__name__.split(".")
-        name = parts[-2] if parts[-2] != "decomp_kernels" else parts[-1]
-        seen[name] = seen.get(name, 0) + 1
-        return module
-
-    operator.implementation = noted  # type: ignore[assignment]
-    try:
-        yield seen
-    finally:
-        operator.implementation = chosen
