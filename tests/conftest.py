@@ -64,3 +64,17 @@ def level(request):
     native_library.set_cpu_level(request.param)
     yield request.param
     native_library.set_cpu_level(best)
+
+
+@pytest.fixture
+def native_folder(monkeypatch, tmp_path):
+    """The library's folder, empty; what was asked of the real one is forgotten."""
+    kept = [one for one in vars(native_library).values() if hasattr(one, "cache_clear")]
+    for one in kept:
+        one.cache_clear()
+    monkeypatch.setattr(native_library, "_FOLDER", tmp_path)
+    monkeypatch.setattr(native_library, "PATH", tmp_path / native_library.PATH.name)
+    yield tmp_path
+    monkeypatch.undo()
+    for one in kept:
+        one.cache_clear()

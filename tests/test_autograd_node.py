@@ -311,19 +311,6 @@ def test_autocast_round_backward_changes_nothing():
     assert all(map(torch.equal, found, plain))
 
 
-@pytest.fixture
-def folder(monkeypatch, tmp_path):
-    kept = (native_library.record, native_library.why_not_autograd, native_library.autograd_node)
-    for one in kept:
-        one.cache_clear()
-    monkeypatch.setattr(native_library, "_FOLDER", tmp_path)
-    monkeypatch.setattr(native_library, "PATH", tmp_path / native_library.PATH.name)
-    yield tmp_path
-    monkeypatch.undo()
-    for one in kept:
-        one.cache_clear()
-
-
 @pytest.mark.parametrize(
     ("record", "says"),
     [
@@ -333,11 +320,11 @@ def folder(monkeypatch, tmp_path):
         ({"torch": torch.__version__, "autograd_bytes": 3}, "does not load"),
     ],
 )
-def test_a_library_of_another_pytorch_is_not_loaded(folder, record, says):
+def test_a_library_of_another_pytorch_is_not_loaded(native_folder, record, says):
     assert "was not built" in native_library.why_not_autograd()
     native_library.why_not_autograd.cache_clear()
-    (folder / native_library.AUTOGRAD).write_bytes(b"not")
-    (folder / "build.json").write_text(json.dumps(record))
+    (native_folder / native_library.AUTOGRAD).write_bytes(b"not")
+    (native_folder / "build.json").write_text(json.dumps(record))
     native_library.record.cache_clear()
     assert says in native_library.why_not_autograd()
     assert native_library.autograd_node() is None
@@ -345,9 +332,9 @@ def test_a_library_of_another_pytorch_is_not_loaded(folder, record, says):
     assert not compiled(dk.decomposed_linear(x, weight, **factors))
 
 
-def test_a_library_without_the_operator_is_not_used(folder, monkeypatch):
-    (folder / native_library.AUTOGRAD).write_bytes(b"not")
-    (folder / "build.json").write_text(
+def test_a_library_without_the_operator_is_not_used(native_folder, monkeypatch):
+    (native_folder / native_library.AUTOGRAD).write_bytes(b"not")
+    (native_folder / "build.json").write_text(
         json.dumps({"torch": torch.__version__, "autograd_bytes": 3})
     )
     monkeypatch.setattr(torch.ops, "load_library", lambda path: None)

@@ -72,26 +72,11 @@ def test_another_torch_compiles_the_autograd_node_anew_and_no_kernel():
     assert not any("-DDK_LEVEL" in line or "DTORCH_TARGET" in line for line in changed)
 
 
-@pytest.fixture
-def folder(monkeypatch, tmp_path):
-    """The library's folder, empty; what was asked of the real one is forgotten."""
-    kept = (native_library.record, native_library.why_not_loaded, native_library.cpu_level,
-            native_library.cpu_architecture)  # fmt: skip
-    for one in kept:
-        one.cache_clear()
-    monkeypatch.setattr(native_library, "_FOLDER", tmp_path)
-    monkeypatch.setattr(native_library, "PATH", tmp_path / native_library.PATH.name)
-    yield tmp_path
-    monkeypatch.undo()
-    for one in kept:
-        one.cache_clear()
-
-
 @pytest.mark.parametrize("text", ["{bad", "", "[1]", '{"missing": null}', None], ids=str)
 @pytest.mark.parametrize("library", [None, b"", b"no library"], ids=str)
-def test_a_damaged_installation_is_library_calls_and_says_so(folder, capsys, text, library):
+def test_a_damaged_installation_is_library_calls_and_says_so(native_folder, capsys, text, library):
     if text is not None:
-        (folder / "build.json").write_text(text)
+        (native_folder / "build.json").write_text(text)
     if library is not None:
         native_library.PATH.write_bytes(library)
     why = native_library.why_not_loaded()
@@ -101,9 +86,9 @@ def test_a_damaged_installation_is_library_calls_and_says_so(folder, capsys, tex
     assert main(["info"]) == 0 and "native library  none: " in capsys.readouterr().out
 
 
-def test_a_library_of_another_version_is_not_used(folder, monkeypatch):
+def test_a_library_of_another_version_is_not_used(native_folder, monkeypatch):
     native_library.PATH.write_bytes(b"as long as its record says")
-    (folder / "build.json").write_text(json.dumps({"bytes": 26}))
+    (native_folder / "build.json").write_text(json.dumps({"bytes": 26}))
     monkeypatch.setattr(native_library.torch.ops, "load_library", lambda path: None)
     monkeypatch.setattr(native_library, "OPERATORS", ("cpu_level", "of_tomorrow"))
     assert "of another version, without" in native_library.why_not_loaded()

@@ -182,18 +182,15 @@ def run(
     measured = {}
     for trainee, memory_of in zip(trainees, memories, strict=True):
         name = trainee.name
-        phases = sorted(samples.ns[name])
         measured[name] = {
             "path": trainee.path(),
-            "ratio": {phase: samples.ratio(name, phase)._asdict() for phase in phases},
+            "ratio": samples.by_phase(name),
             "ns": samples.ns[name],
             "tokens_per_second": _rate(row.size, samples.ns[name]["both"])._asdict(),
             "trainable": sum(p.numel() for p in trainee.trained),
         } | memory_of | agreement[name]  # fmt: skip
         if peer is not None:
-            measured[name]["over_peer"] = {
-                phase: samples.ratio(name, phase, against=peer)._asdict() for phase in phases
-            }
+            measured[name]["over_peer"] = samples.by_phase(name, against=peer)
     return asdict(row) | {
         "label": row.label,
         "options": dict(row.options),

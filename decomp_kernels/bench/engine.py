@@ -61,6 +61,12 @@ class Samples:
     def ratio(self, name: str, phase: str = "both", against: str = FROZEN) -> Spread:
         return spread(self.ratios(name, phase, against))
 
+    def by_phase(self, name: str, against: str = FROZEN) -> dict[str, dict[str, float]]:
+        """The ratio of every phase, as results files have it."""
+        return {
+            phase: self.ratio(name, phase, against)._asdict() for phase in sorted(self.ns[name])
+        }
+
     def time(self, name: str, phase: str = "both") -> Spread:
         return spread(self.ns[name][phase])
 

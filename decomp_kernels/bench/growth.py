@@ -160,10 +160,7 @@ def run(
     for stack, contender, path in zip(stacks, contenders, paths, strict=True):
         measured[stack.name] = {
             "path": path,
-            "ratio": {
-                phase: samples.ratio(stack.name, phase)._asdict()
-                for phase in sorted(samples.ns[stack.name])
-            },
+            "ratio": samples.by_phase(stack.name),
             "ns": samples.ns[stack.name],
             **sizes_of(stack, contender, device),
         }

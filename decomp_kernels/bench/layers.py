@@ -202,10 +202,7 @@ def _measured(entry: Entry, samples: Samples, device: torch.device) -> dict[str,
     return {
         "path": path,
         "calls": list(entry.calls),
-        "ratio": {
-            phase: samples.ratio(contender.name, phase)._asdict()
-            for phase in sorted(samples.ns[contender.name])
-        },
+        "ratio": samples.by_phase(contender.name),
         "ns": samples.ns[contender.name],
         "peak_bytes": memory.peak_bytes(contender, device),
         "saved_bytes": memory.saved_bytes(contender, [*module.parameters(), *module.buffers()]),

@@ -272,7 +272,5 @@ def _together(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         }
     samples = Samples(ns)
     for name, contender in joined.items():
-        contender["ratio"] = {
-            phase: samples.ratio(name, phase)._asdict() for phase in sorted(ns[name])
-        }
+        contender["ratio"] = samples.by_phase(name)
     return row | {"contenders": joined}

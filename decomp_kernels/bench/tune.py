@@ -128,12 +128,7 @@ def measure(
     samples = engine.measure(
         contenders, rounds, warmup=3, clock=engine.device_clock(device), split=True
     )
-    ratios = {
-        contender.name: {
-            phase: samples.ratio(contender.name, phase)._asdict() for phase in engine.PHASES
-        }
-        for contender in contenders[1:]
-    }
+    ratios = {contender.name: samples.by_phase(contender.name) for contender in contenders[1:]}
     frozen = {phase: samples.time(FROZEN, phase).median / 1e6 for phase in engine.PHASES}
     return asdict(cell) | {
         "label": cell.label, "ratio": ratios, "frozen_ms": frozen, "failed": failed,

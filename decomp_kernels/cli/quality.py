@@ -21,8 +21,8 @@ from torch import nn
 from decomp_kernels.bench import engine, memory, record
 from decomp_kernels.bench.contenders import leave_the_start
 from decomp_kernels.bench.observed import OPERATOR, Observed
+from decomp_kernels.bench.twins import twin
 from decomp_kernels.cli import loop, models
-from decomp_kernels.cli.compare import twin
 from decomp_kernels.cli.quality_arms import FROZEN, Arm, companion_of
 from decomp_kernels.cli.tasks import Task
 from decomp_kernels.saved_modules import trained_copies
@@ -152,9 +152,7 @@ def cost(
         measured[name] = {
             "path": ", ".join(f"{n} calls of {impl}" for impl, n in sorted(ways.items()) if n)
             or "plain layers",
-            "ratio": {
-                phase: samples.ratio(name, phase)._asdict() for phase in sorted(samples.ns[name])
-            },
+            "ratio": samples.by_phase(name),
             "ns": samples.ns[name],
             "peak_bytes": memory.peak_bytes(contender, setting.device),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),

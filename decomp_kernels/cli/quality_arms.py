@@ -15,9 +15,9 @@ from typing import Any
 from torch import nn
 
 import decomp_kernels as dk
+from decomp_kernels.bench.twins import twin
 from decomp_kernels.cli import options
 from decomp_kernels.cli.companions import Companion, companion
-from decomp_kernels.cli.compare import twin
 from decomp_kernels.cli.errors import BadInput, one_line
 from decomp_kernels.linear import adapted_layers
 from decomp_kernels.methods.base import Method

@@ -13,12 +13,12 @@ import torch
 from decomp_kernels import dispatch
 from decomp_kernels.bench import layer_tables, layers, record
 from decomp_kernels.bench.shapes import positive, shape
-from decomp_kernels.bench.tables import headline, texts
 from decomp_kernels.cli.bench.protocol import (
     add_protocol,
     check_memory,
     clock_of,
     device_of,
+    finish,
     protocol_of,
 )
 from decomp_kernels.cli.errors import BadInput
@@ -124,17 +124,7 @@ def run(args: argparse.Namespace) -> int:
             print(line, file=sys.stderr, flush=True)
             if args.output is not None:
                 record.write(args.output, record.document(SUITE, protocol, done))
-    content = record.document(SUITE, protocol, done)
-    print(headline(content))
-    print()
-    print(texts(layer_tables.tables(content)))
-    if args.output is not None:
-        record.write(args.output, content)
-        print(f"written: {args.output}")
-    if args.picture is not None:
-        layer_tables.picture(content, args.picture)
-        print(f"written: {args.picture}")
-    return 0
+    return finish(args, record.document(SUITE, protocol, done), layer_tables)
 
 
 def _fitting(todo: list[layers.Row], named: bool) -> list[layers.Row]:

@@ -13,12 +13,13 @@ from decomp_kernels.bench import decoder, model_tables, record
 from decomp_kernels.bench.agreement import Disagreement
 from decomp_kernels.bench.layers import ADAPTER_DTYPES
 from decomp_kernels.bench.shapes import positive
-from decomp_kernels.bench.tables import counted, headline, texts
+from decomp_kernels.bench.tables import counted
 from decomp_kernels.cli.bench.protocol import (
     add_protocol,
     check_memory,
     clock_of,
     device_of,
+    finish,
     protocol_of,
 )
 from decomp_kernels.cli.errors import BadInput, CheckFailed, need, one_line
@@ -102,14 +103,7 @@ def run(args: argparse.Namespace) -> int:
         measured.append(found)
         if args.output is not None:  # a run that ends early keeps what it has
             record.write(args.output, record.document("model", protocol, measured))
-    content = record.document("model", protocol, measured)
-    print(f"{headline(content)}\n\n{texts(model_tables.tables(content))}")
-    if args.output is not None:
-        print(f"written: {args.output}")
-    if args.picture is not None:
-        model_tables.picture(content, args.picture)
-        print(f"written: {args.picture}")
-    return 0
+    return finish(args, record.document("model", protocol, measured), model_tables)
 
 
 def _size(args: argparse.Namespace) -> decoder.Size:

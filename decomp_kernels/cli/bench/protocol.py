@@ -10,6 +10,7 @@ import torch
 
 from decomp_kernels.bench import engine, record
 from decomp_kernels.bench.shapes import not_negative, positive
+from decomp_kernels.bench.tables import headline, texts
 from decomp_kernels.cli.errors import BadInput, need
 
 
@@ -31,10 +32,6 @@ def add_protocol(
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.set_defaults(default_rounds=(rounds, quick_rounds))
-    add_places(parser)
-
-
-def add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="samples and all the rest")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
 
@@ -111,6 +108,18 @@ def check_places(args: argparse.Namespace) -> None:
             record.read(args.output, args.suite)
         except ValueError as error:  # another suite's results, or no results at all
             raise BadInput(f"--output is there already, and {error}") from None
+
+
+def finish(args: argparse.Namespace, content: dict[str, Any], suite: Any) -> int:
+    """Print what was measured, and write what was asked for.  suite: its module of tables."""
+    print(f"{headline(content)}\n\n{texts(suite.tables(content))}")
+    if args.output is not None:
+        record.write(args.output, content)
+        print(f"written: {args.output}")
+    if args.picture is not None:
+        suite.picture(content, args.picture)
+        print(f"written: {args.picture}")
+    return 0
 
 
 def clock_of(protocol: dict[str, Any]) -> engine.Clock:

@@ -13,10 +13,9 @@ import torch
 from decomp_kernels.bench import quality_tables, record
 from decomp_kernels.bench.engine import CONTROL, FROZEN
 from decomp_kernels.bench.shapes import not_negative, positive
-from decomp_kernels.bench.tables import headline
 from decomp_kernels.cli import models, quality, quality_arms
 from decomp_kernels.cli import options as defaults
-from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, protocol_of
+from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, finish, protocol_of
 from decomp_kernels.cli.datasets import Data, gather
 from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.glue import GLUE, Glue, heads_of, read_glue
@@ -147,22 +146,7 @@ def run(args: argparse.Namespace) -> int:
     if protocol["rounds"] and not _has_cost(found.get("cost"), arms, protocol):
         keep(quality.cost(setting, arms, protocol, clock_of(protocol), _tell))
     _tell(f"{len(spent)} trainings, {(time.monotonic() - began) / 60:.1f} min")
-    _show(_document(protocol, list(found.values())), args)
-    return 0
-
-
-def _show(content: dict[str, Any], args: argparse.Namespace) -> None:
-    print(headline(content))
-    for table in quality_tables.tables(content):
-        print(f"\n{table.title}\n\n{table.markdown()}")
-        if table.words:
-            print(f"\n{table.words}")
-    if args.output is not None:
-        record.write(args.output, content)
-        print(f"\nwritten: {args.output}")
-    if args.picture is not None:
-        quality_tables.picture(content, args.picture)
-        print(f"written: {args.picture}")
+    return finish(args, _document(protocol, list(found.values())), quality_tables)
 
 
 def _setting(

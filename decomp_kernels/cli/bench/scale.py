@@ -13,12 +13,12 @@ from decomp_kernels.bench.contenders import OURS
 from decomp_kernels.bench.engine import FROZEN
 from decomp_kernels.bench.growth import AXES, Point
 from decomp_kernels.bench.shapes import positive, shape
-from decomp_kernels.bench.tables import headline, texts
 from decomp_kernels.cli.bench.protocol import (
     add_protocol,
     check_memory,
     clock_of,
     device_of,
+    finish,
     protocol_of,
 )
 from decomp_kernels.cli.errors import BadInput, CheckFailed
@@ -93,15 +93,7 @@ def run(args: argparse.Namespace) -> int:
         if args.output is not None:  # a run that ends early keeps what it has
             record.write(args.output, record.document("scale", protocol, measured))
         _progress(len(measured), len(todo), row, time.monotonic() - started)
-    content = record.document("scale", protocol, measured)
-    print(headline(content))
-    print(f"\n{texts(scale_tables.tables(content))}")
-    if args.output is not None:
-        print(f"written: {args.output}")
-    if args.picture is not None:
-        scale_tables.picture(content, args.picture)
-        print(f"written: {args.picture}")
-    return 0
+    return finish(args, record.document("scale", protocol, measured), scale_tables)
 
 
 def _usual_shape(args: argparse.Namespace, on_gpu: bool) -> tuple[int, int, int]:
