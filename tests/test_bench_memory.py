@@ -6,7 +6,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from decomp_kernels.bench import engine, memory
+from decomp_kernels.kernels import mask
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
+from decomp_kernels.ops.dropout import counter_dropout, draw_seed
 
 CPU = torch.device("cpu")
 M, K, N, R = 32, 48, 64, 4
@@ -122,3 +124,14 @@ def test_ssl_saves_x():
         lambda x: decomposed_linear(x, weight, in_scale=scale), saved_beside=[weight, scale]
     )
     assert saved == 4 * M * K
+
+
+def test_a_mask_is_drawn_in_blocks_not_for_the_whole_of_x():
+    """Two words a block, and three lanes of 16 bits more are far from as large as x here."""
+    x = torch.randn(4096, 1024)
+    seed = draw_seed(x)
+    peak, saved = of(lambda x: counter_dropout(x, 0.1, seed), saved_beside=[seed], x=x)
+    block = mask.BLOCK_ELEMENTS
+    assert block * 8 <= x.nbytes // 8  # else this shows nothing
+    y_and_dx = 2 * x.nbytes
+    assert saved == 0 and y_and_dx < peak <= y_and_dx + 8 * block

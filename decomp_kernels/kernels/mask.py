@@ -15,7 +15,7 @@ from decomp_kernels.reference.dropout import GOLDEN, MIX1, MIX2, threshold
 _FLIP = 0x8000800080008000 - (1 << 64)  # makes the unsigned order of the lanes the signed one
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-BLOCK_ELEMENTS = 1 << 20  # elements a block: the two word buffers are 2 MiB each
+BLOCK_ELEMENTS = 1 << 18  # elements a block: the two word buffers are 512 KiB each
 
 
 def keep(seed: Tensor, rows: slice, cols: int, p: float) -> Tensor:
