@@ -173,24 +173,6 @@ def test_resume_keeps_what_is_there_and_measures_the_rest(tmp_path, capsys):
     assert "--resume needs --output FILE.json" in capsys.readouterr().err
 
 
-def test_a_table_goes_between_its_two_lines_of_a_document(tmp_path, capsys):
-    output, document = tmp_path / "layer.json", tmp_path / "page.md"
-    assert bench("layer", "--methods", "ia3", "--shape", "8,16,24", "--rounds", 1, "--threads", 1,
-                 "--dtype", "float32", "--output", output) == 0  # fmt: skip
-    document.write_text("before\n<!-- layers -->\nold\n<!-- end of layers -->\nafter\n")
-    for _ in range(2):
-        assert bench("table", output, "--into", document) == 0
-        text = document.read_text()
-        assert text.startswith("before\n<!-- layers -->\n\n")
-        assert text.endswith("\n\n<!-- end of layers -->\nafter\n")
-        assert text.count("| ia3 ") == 2  # its time, and its memory
-        assert "old" not in text
-    document.write_text("nothing marked")
-    assert bench("table", output, "--into", document) == 2
-    assert "must have one line <!-- layers -->" in capsys.readouterr().err
-    assert document.read_text() == "nothing marked"
-
-
 def test_peers_compute_something_with_the_same_parameters():
     pytest.importorskip("peft")
     for row in layers.rows([*peers.CONFIGS], [(8, 16, 24)], ["float32"], 4):
@@ -370,7 +352,8 @@ def test_a_file_of_another_kind_is_refused(text, tmp_path, capsys):
 @pytest.mark.parametrize("damage, message", [
     ({"rows": None}, "its rows are missing or of another kind"),
     ({"rows": [1]}, "its rows are missing or of another kind"),
-    ({"rows": [{}]}, "the rows must be those that bench layer writes, got KeyError: 'shape'"),
+    ({"rows": [{}]},
+     "the rows must be those that the suite 'layer' writes, got KeyError: 'shape'"),
     ({"protocol": None, "machine": 1}, "its machine and protocol are missing or of another kind"),
     ({"suite": "scale"}, "must be a results file of bench layer, got one of 'scale'"),
 ])  # fmt: skip

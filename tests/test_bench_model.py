@@ -329,10 +329,17 @@ def test_what_was_measured_before_an_interruption_is_kept(monkeypatch, tmp_path,
 
     monkeypatch.setattr(decoder, "run", once)
     output = tmp_path / "model.json"
-    assert bench(*WORDS, "--methods", "lora", "ssb", "--dtype", "float32", "--rank", 4,
-                 "--rounds", 1, "--output", output) == 130  # fmt: skip
+    words = (*WORDS, "--methods", "lora", "ssb", "--dtype", "float32", "--rank", 4, "--rounds", 1,
+             "--checkpointing", "none", "--output", output)  # fmt: skip
+    assert bench(*words) == 130
     (row,) = json.loads(output.read_text())["rows"]
     assert row["method"] == "lora"
+    monkeypatch.setattr(decoder, "run", run)
+    assert bench(*words, "--resume") == 0
+    first, second = json.loads(output.read_text())["rows"]
+    assert first == row and second["method"] == "ssb"
+    assert bench(*words, "--resume", "--rounds", 2) == 2
+    assert "has rounds 1, asked for is rounds 2" in capsys.readouterr().err
 
 
 def test_gradients_of_checkpointed_models_are_those_of_plain_ones():

@@ -402,7 +402,8 @@ def test_resumes_where_it_was_stopped(encoder, pairs, tmp_path, monkeypatch, cap
     assert ours == theirs
     capsys.readouterr()
     assert bench(*given, "--only-seeds", 0, "--steps", 9, "--output", part, "--resume") == 2
-    assert "was made with steps = 6, and this run has 9" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "part.json has steps 6, asked for is steps 9; give the same options" in said
     part.write_text(part.read_text().replace(record.machine()["cpu"], "another chip"))
     assert bench(*given, "--only-seeds", 0, "--output", part, "--resume") == 2
     assert "is of another chip, this one is" in capsys.readouterr().err

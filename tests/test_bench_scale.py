@@ -370,10 +370,17 @@ def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(ranks, "run", fail)
     output = tmp_path / "scale.json"
-    assert bench("--axes", "M", "ranks", "--methods", "ssb", "--shape", "8,16,24", "--sizes",
-                 "M=8", "--rounds", 1, "--no-peer", "--output", output) == 1  # fmt: skip
+    words = ("--axes", "M", "ranks", "--methods", "ssb", "--shape", "8,16,24", "--sizes", "M=8",
+             "--rounds", 1, "--no-peer", "--output", output)  # fmt: skip
+    assert bench(*words) == 1
     assert "rank 1 of 2: gone" in capsys.readouterr().err
-    assert [row["label"] for row in json.loads(output.read_text())["rows"]] == ["ssb, M = 8"]
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["label"] == "ssb, M = 8"
+    assert bench(*words[:1], "M", *words[3:], "--sizes", "M=8,16", "--resume") == 0
+    first, second = json.loads(output.read_text())["rows"]
+    assert first == row and second["label"] == "ssb, M = 16"
+    assert bench(*words, "--resume", "--seed", 3) == 2
+    assert "has seed 0, asked for is seed 3" in capsys.readouterr().err
 
 
 def test_another_suites_file_is_not_written_over(tmp_path, monkeypatch, capsys):

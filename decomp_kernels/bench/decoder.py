@@ -102,6 +102,11 @@ class Row:
         dropout = dict(self.options).get("dropout")
         return f"{self.method}, dropout {dropout}" if dropout else self.method
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """As a results file has it."""
+        return asdict(self) | {"label": self.label, "options": dict(self.options)}
+
     def make(self) -> Method:
         return methods()[self.method](**dict(self.options))
 
@@ -191,9 +196,7 @@ def run(
         } | memory_of | agreement[name]  # fmt: skip
         if peer is not None:
             measured[name]["over_peer"] = samples.by_phase(name, against=peer)
-    return asdict(row) | {
-        "label": row.label,
-        "options": dict(row.options),
+    return row.described | {
         "parameters": sum(p.numel() for p in trainees[0].model.parameters()),
         "peer": peer,
         "contenders": measured,

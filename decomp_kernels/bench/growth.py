@@ -66,6 +66,11 @@ class Point:
     def label(self) -> str:
         return f"{self.method}, {self.axis} = {self.size}"
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """As a results file has it."""
+        return asdict(self) | {"label": self.label}
+
     def make(self) -> Method:
         """The method with this point's rank and alpha = 2 r, where it has them."""
         cls = methods()[self.method]
@@ -171,8 +176,7 @@ def row_of(
     point: Point, stacks: list[Stack], measured: dict[str, Any], started: float
 ) -> dict[str, Any]:
     """The row of a results file; work: FLOPs and bytes of a step, counted and not measured."""
-    return asdict(point) | {
-        "label": point.label,
+    return point.described | {
         "work": work(point, stacks),
         "contenders": measured,
         "seconds": round(time.monotonic() - started, 2),

@@ -92,17 +92,6 @@ def tables_of(rows: Iterable[dict[str, Any]], phase: str = "both") -> list[Table
     return found
 
 
-def check(rows: list[dict[str, Any]]) -> None:
-    """ValueError where rows are not those of the layer suite, as a file by others may have."""
-    try:
-        tables_of(rows)
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"the rows must be those that bench layer writes, got {type(error).__name__}: {error}; "
-            "measure again with this version"
-        ) from error
-
-
 def _time(groups: list[Group], phase: str) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     shown = [name for name in OTHERS if any(medians(group, name, phase) for group in groups)]
     impls = any(best_impl(group, phase) for group in groups)

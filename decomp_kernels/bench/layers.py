@@ -58,6 +58,11 @@ class Row:
     def label(self) -> str:
         return f"{self.method}, {self.variant}" if self.variant else self.method
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """As a results file has it."""
+        return asdict(self) | {"label": self.label, "options": dict(self.options)}
+
     def make(self) -> Method:
         return methods()[self.method](**dict(self.options))
 
@@ -167,8 +172,7 @@ def run(
     for name, why in not_replayed.items():
         measured[name]["not_replayed"] = why
     explained = explain(made.ours, row.shape[0])
-    described = asdict(row) | {"label": row.label, "options": dict(row.options)}
-    return described | {
+    return row.described | {
         "contenders": measured,
         "left_out": made.left_out,
         "expected_path": expected_path(explained),

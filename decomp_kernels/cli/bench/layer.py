@@ -1,17 +1,15 @@
 """``bench layer``: every method on one nn.Linear, beside PEFT's and the published formulas."""
 
 import argparse
-import json
 import multiprocessing
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from decomp_kernels import dispatch
-from decomp_kernels.bench import layer_tables, layers, record
+from decomp_kernels.bench import layer_tables, layers
 from decomp_kernels.bench.shapes import positive, shape
 from decomp_kernels.cli.bench.protocol import (
     add_protocol,
@@ -21,6 +19,7 @@ from decomp_kernels.cli.bench.protocol import (
     finish,
     protocol_of,
 )
+from decomp_kernels.cli.bench.results import Results
 from decomp_kernels.cli.errors import BadInput
 
 SHAPES = [(512, 1024, 1024), (512, 2048, 2048)]
@@ -80,11 +79,6 @@ def add(suites: Any) -> None:
         help="measure all in so many fresh processes, one after another: ratios move with a "
         "process and its heap, and the table then shows their range",
     )  # fmt: skip
-    parser.add_argument(
-        "--resume", action="store_true",
-        help="keep the rows that --output has already, of the same protocol and machine, and "
-        "measure the others; it is written after each row",
-    )  # fmt: skip
     add_protocol(parser, rounds=25, quick_rounds=5)
     parser.set_defaults(run=run)
 
@@ -111,20 +105,16 @@ def run(args: argparse.Namespace) -> int:
         "compile": args.compile,
         "cold": args.cold,
     }
-    done = _earlier(args, protocol)
-    known = {_identity(row) for row in done}
-    commit = record.commit()
+    results = Results(args, protocol)
     for process in range(args.processes):
-        left = [row for row in todo if (process, *_key(row)) not in known]
-        results = _here(left, protocol) if args.processes == 1 else _apart(left, protocol)
-        for number, row in enumerate(results, start=1):
-            done.append(row | {"process": process, "commit": commit})
+        left = results.left(todo, process=process)
+        measured = _here(left, protocol) if args.processes == 1 else _apart(left, protocol)
+        for number, row in enumerate(measured, start=1):
+            results.add(row | {"process": process})
             which = f"process {process + 1}/{args.processes}, " if args.processes > 1 else ""
             line = f"{which}{number}/{len(left)}  {layer_tables.progress(row)}"
             print(line, file=sys.stderr, flush=True)
-            if args.output is not None:
-                record.write(args.output, record.document(SUITE, protocol, done))
-    return finish(args, record.document(SUITE, protocol, done), layer_tables)
+    return finish(args, results.document(), layer_tables)
 
 
 def _fitting(todo: list[layers.Row], named: bool) -> list[layers.Row]:
@@ -171,44 +161,6 @@ def _impls(args: argparse.Namespace) -> list[str]:
                 "for those that can"
             )
     return list(args.impls)
-
-
-def _earlier(args: argparse.Namespace, protocol: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows that --resume keeps."""
-    if not args.resume:
-        return []
-    if args.output is None:
-        raise BadInput("--resume needs --output FILE.json: the file whose rows are kept")
-    path: Path = args.output
-    if not path.exists():
-        return []
-    try:
-        content = record.read(path, SUITE)
-        layer_tables.check(content["rows"])
-        record.check_same_place(content, path)
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-    now = json.loads(json.dumps(protocol))
-    names = {*now, *content["protocol"]}
-    other = sorted(name for name in names if now.get(name) != content["protocol"].get(name))
-    if other:
-        raise BadInput(
-            f"--resume needs the same protocol: {path} has "
-            + ", ".join(f"{name} {content['protocol'].get(name)}" for name in other)
-            + ", asked for is "
-            + ", ".join(f"{name} {now.get(name)}" for name in other)
-            + "; give the same options, or name another --output"
-        )
-    rows: list[dict[str, Any]] = content["rows"]
-    return rows
-
-
-def _key(row: layers.Row) -> tuple[Any, ...]:
-    return layer_tables.key({**vars(row), "label": row.label})
-
-
-def _identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row.get("process", 0), *layer_tables.key(row)
 
 
 def _here(todo: list[layers.Row], protocol: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from decomp_kernels.bench import decoder, model_tables, record
+from decomp_kernels.bench import decoder, model_tables
 from decomp_kernels.bench.agreement import Disagreement
 from decomp_kernels.bench.layers import ADAPTER_DTYPES
 from decomp_kernels.bench.shapes import positive
@@ -22,6 +22,7 @@ from decomp_kernels.cli.bench.protocol import (
     finish,
     protocol_of,
 )
+from decomp_kernels.cli.bench.results import Results
 from decomp_kernels.cli.errors import BadInput, CheckFailed, need, one_line
 
 DTYPES = ("float32", "bfloat16")
@@ -92,18 +93,17 @@ def run(args: argparse.Namespace) -> int:
     }
     if args.compile is not None:
         _check_backend(args.compile, args.device)
+    results = Results(args, protocol)
+    left = results.left(todo)
     size = todo[0].size
     print(
-        f"{counted(len(todo), 'row')}, a model of {size.parameters / 1e6:,.1f} M parameters, "
+        f"{counted(len(left), 'row')}, a model of {size.parameters / 1e6:,.1f} M parameters, "
         f"{size.batch} x {size.sequence} tokens a step",
         file=sys.stderr, flush=True,
     )  # fmt: skip
-    measured: list[dict[str, Any]] = []
-    for found in _measure(todo, protocol):
-        measured.append(found)
-        if args.output is not None:  # a run that ends early keeps what it has
-            record.write(args.output, record.document("model", protocol, measured))
-    return finish(args, record.document("model", protocol, measured), model_tables)
+    for found in _measure(left, protocol):
+        results.add(found)
+    return finish(args, results.document(), model_tables)
 
 
 def _size(args: argparse.Namespace) -> decoder.Size:

@@ -32,6 +32,11 @@ def add_protocol(
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.set_defaults(default_rounds=(rounds, quick_rounds))
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="keep what --output has already, of the same options, machine and packages, and "
+        "measure the rest; it is written after each row",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="samples and all the rest")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
 

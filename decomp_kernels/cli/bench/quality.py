@@ -16,6 +16,7 @@ from decomp_kernels.bench.shapes import not_negative, positive
 from decomp_kernels.cli import models, quality, quality_arms
 from decomp_kernels.cli import options as defaults
 from decomp_kernels.cli.bench.protocol import add_protocol, clock_of, finish, protocol_of
+from decomp_kernels.cli.bench.results import earlier_rows
 from decomp_kernels.cli.datasets import Data, gather
 from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.glue import GLUE, Glue, heads_of, read_glue
@@ -83,9 +84,6 @@ def add(suites: Any) -> None:
         help="linears of all others (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--base-dropout", action="store_true", help="the model's own dropout too")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with --output: what it has is not run again"
-    )
     add_protocol(parser, rounds=12, quick_rounds=2, optional=True)
     parser.set_defaults(run=run)
 
@@ -93,7 +91,7 @@ def add(suites: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     measuring = protocol_of(args)
-    earlier = _earlier(args)
+    _check_not_there(args)
     setting, described, rate_of = _setting(args, torch.device(args.device))
     arms = quality_arms.arms(
         setting.base, args.methods, args.rank, setting.steps, setting.heads,
@@ -101,8 +99,7 @@ def run(args: argparse.Namespace) -> int:
         defaults.parse_names(args.extension_modules),
     )  # fmt: skip
     protocol = measuring | described
-    rows = _resumed(earlier, protocol, args.output) if earlier else []
-    found: dict[Any, dict[str, Any]] = {_identity(row): row for row in rows}
+    found = {_identity(row): row for row in earlier_rows(args, protocol, FREE)}
     search = described["lr_search"]
     heads_alone: list[Arm | None] = [None] if setting.heads else []
     everyone = heads_alone + arms
@@ -111,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     spent: list[float] = []
 
     def keep(row: dict[str, Any]) -> None:
-        found[_identity(row)] = row
+        found[_identity(row)] = row | {"commit": record.commit()}
         if args.output is not None:
             record.write(args.output, _document(protocol, list(found.values())))
 
@@ -215,33 +212,12 @@ def _setting(
     return setting, described, lambda arm: arm.rate(matrices, scales) if arm else matrices
 
 
-def _earlier(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The results file to go on with; one that is there is never written over by accident."""
-    if args.resume and args.output is None:
-        raise BadInput("--resume needs --output, the file to go on with")
-    if args.output is None or not args.output.exists():
-        return None
-    if not args.resume:
+def _check_not_there(args: argparse.Namespace) -> None:
+    """An hour of training is never written over by accident."""
+    if args.output is not None and args.output.exists() and not args.resume:
         raise BadInput(
             f"{args.output} is there already: give --resume to go on with it, or another --output"
         )
-    try:
-        content = record.read(args.output, "quality")
-        record.check_same_place(content, args.output)
-        return content
-    except ValueError as error:
-        raise BadInput(str(error)) from None
-
-
-def _resumed(earlier: dict[str, Any], protocol: dict[str, Any], path: Path) -> list[dict[str, Any]]:
-    was = earlier["protocol"]
-    for name, value in protocol.items():
-        if name not in FREE and was.get(name) != value:
-            raise BadInput(
-                f"{path} was made with {name} = {was.get(name)!r}, and this run has {value!r}: "
-                "give the same options, or another --output"
-            )
-    return earlier["rows"]
 
 
 def _document(protocol: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from decomp_kernels.bench import growth, ranks, record, scale_tables
+from decomp_kernels.bench import growth, ranks, scale_tables
 from decomp_kernels.bench.contenders import OURS
 from decomp_kernels.bench.engine import FROZEN
 from decomp_kernels.bench.growth import AXES, Point
@@ -21,6 +21,7 @@ from decomp_kernels.cli.bench.protocol import (
     finish,
     protocol_of,
 )
+from decomp_kernels.cli.bench.results import Results
 from decomp_kernels.cli.errors import BadInput, CheckFailed
 
 METHODS = ["lora", "dora", "ssb"]
@@ -86,14 +87,13 @@ def run(args: argparse.Namespace) -> int:
         "rank": args.rank,
         "layers": args.layers,
     }
-    measured: list[dict[str, Any]] = []
+    results = Results(args, protocol)
+    left = results.left(todo)
     started = time.monotonic()
-    for row in _rows(todo, protocol):
-        measured.append(row)
-        if args.output is not None:  # a run that ends early keeps what it has
-            record.write(args.output, record.document("scale", protocol, measured))
-        _progress(len(measured), len(todo), row, time.monotonic() - started)
-    return finish(args, record.document("scale", protocol, measured), scale_tables)
+    for number, row in enumerate(_rows(left, protocol), start=1):
+        results.add(row)
+        _progress(number, len(left), row, time.monotonic() - started)
+    return finish(args, results.document(), scale_tables)
 
 
 def _usual_shape(args: argparse.Namespace, on_gpu: bool) -> tuple[int, int, int]:

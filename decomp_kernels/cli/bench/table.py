@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from decomp_kernels.bench import layer_tables, record
-from decomp_kernels.bench.marked import check_marked, put_into
+from decomp_kernels.bench import layer_tables, record, suites
 from decomp_kernels.bench.tables import headline, texts
 from decomp_kernels.cli.errors import BadInput
 
 
-def add(suites: Any) -> None:
-    parser = suites.add_parser(
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
         "table",
         help="the table of layer results, or goals next to what was reached",
         description="Print results files of the layer suite as one Markdown table; with --goals, "
@@ -20,10 +19,6 @@ def add(suites: Any) -> None:
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
     parser.add_argument("--goals", type=Path, metavar="GOALS.json")
-    parser.add_argument(
-        "--into", type=Path, metavar="FILE.md",
-        help="write the table into this file, between its <!-- goals --> or <!-- layers --> lines",
-    )  # fmt: skip
     parser.add_argument("--phase", choices=("forward", "backward", "both"), default="both")
     parser.add_argument("--picture", type=Path, metavar="FILE.png")
     parser.set_defaults(run=run)
@@ -33,22 +28,14 @@ def run(args: argparse.Namespace) -> int:
     try:
         contents = [record.read(path, "layer") for path in args.files]
         rows = [row for content in contents for row in content["rows"]]
-        layer_tables.check(rows)
+        for content in contents:
+            suites.tables(content)  # they are those of the suite
         headlines = [_headline(path, one) for path, one in zip(args.files, contents, strict=True)]
         goals = None if args.goals is None else _goals(args.goals, rows)
-        if args.into is not None:
-            check_marked(args.into, "layers" if args.goals is None else "goals")
     except ValueError as error:
         raise BadInput(str(error)) from None
-    if goals is None:
-        name = "layers"
-        table = texts(layer_tables.tables_of(rows, args.phase))
-    else:
-        name, table = "goals", goals
+    table = texts(layer_tables.tables_of(rows, args.phase)) if goals is None else goals
     print("\n".join([*headlines, "", table]))
-    if args.into is not None:
-        put_into(args.into, name, "\n\n".join([*headlines, table]))
-        print(f"written: {args.into}")
     if args.picture is not None:
         layer_tables.picture_of(rows, args.picture, headlines[0])
         print(f"written: {args.picture}")
