@@ -1,16 +1,19 @@
 """Host kernels on weights and the library calls they stand in for: cases of native_kernels.py.
 
-Row norms, merged weights, Gram matrices of a model's factors, and dequantisation.
+Row norms, merged weights, Gram matrices of a model's factors, dequantisation, and block-diagonal
+rotations.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 
+from decomp_kernels.factors import BlockRotate
+from decomp_kernels.kernels.aten import block_rotate as aten_block_rotate
 from decomp_kernels.kernels.aten import dequantize as aten_dequantize
 from decomp_kernels.kernels.aten import gram as aten_gram
 from decomp_kernels.kernels.aten import row_norm as aten_row_norm
-from decomp_kernels.kernels.native import dequantize, gram, merged_weight, row_norm
+from decomp_kernels.kernels.native import block_rotate, dequantize, gram, merged_weight, row_norm
 from decomp_kernels.reference import decomposed_linear as reference
 
 SIZES = (1024, 2048, 4096)
@@ -112,6 +115,25 @@ def codes() -> Iterator[Case]:
                 )  # fmt: skip
 
 
+def rotations() -> Iterator[Case]:
+    """Of 512 tokens."""
+    for size in SIZES[:2]:
+        for b in (16, 32, 64):
+            m = BlockRotate(torch.randn(1, size // b, b, b))
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                x, gx = (torch.randn(512, size).to(dtype) for _ in range(2))
+                yield (
+                    "block_rotate forward", f"{size} b={b} {name}",
+                    lambda m=m, x=x: aten_block_rotate.forward(m, x),
+                    lambda m=m, x=x: block_rotate.forward(m, x),
+                )  # fmt: skip
+                yield (
+                    "block_rotate backward", f"{size} b={b} {name}",
+                    lambda m=m, x=x, gx=gx: aten_block_rotate.backward(m, gx, x),
+                    lambda m=m, x=x, gx=gx: block_rotate.backward(m, gx, x),
+                )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
-    for topic in (row_norms, merges, grams, codes):
+    for topic in (row_norms, merges, grams, codes, rotations):
         yield from topic()

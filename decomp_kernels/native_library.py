@@ -21,7 +21,7 @@ AUTOGRAD = "libdecomp_kernels_autograd.so"
 OPERATORS = (
     "cpu_level", "cpu_has_matrix_tiles", "down_projection", "column_walk", "up_expansion",
     "fused_forward", "fused_input_gradient", "squared_rows", "row_norm_fwd", "row_norm_bwd",
-    "merged_weight", "gram_fwd", "gram_bwd", "dequantize",
+    "merged_weight", "gram_fwd", "gram_bwd", "dequantize", "block_rotate", "block_rotate_bwd",
 )  # fmt: skip
 AUTOGRAD_ARGUMENTS = (
     "x", "weight", "bias", "down", "up", "core", "in_scale", "out_scale", "seed", "scale",

@@ -115,6 +115,14 @@ def dequantize(data, ops, M, N, r, dtype):
 
 
 @call
+def block_rotate(data, ops, M, N, r, dtype):
+    blocks = drawn(data.draw(st.integers(1, 9)), r + 1, r + 1)
+    x, gx = (drawn(M, len(blocks) * (r + 1), dtype=dtype) for _ in range(2))
+    ops.block_rotate(x, blocks)
+    ops.block_rotate_bwd(gx, x, blocks)
+
+
+@call
 def autograd_node(data, ops, M, N, r, dtype):
     """csrc/autograd, forward and backward, with some terms and some gradients: by library calls or
     host kernels, and by these both ways with dropout and a float32 branch too.

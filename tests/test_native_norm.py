@@ -393,7 +393,10 @@ AT_THE_EDGE = """
 import ctypes, mmap, sys
 import torch
 from decomp_kernels import native_library
-from decomp_kernels.kernels.native import dequantize, gram, merged_weight, row_norm
+from decomp_kernels.factors import BlockRotate
+from decomp_kernels.kernels.native import (
+    block_rotate, dequantize, gram, merged_weight, row_norm
+)
 
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
@@ -429,6 +432,11 @@ for base, small in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloa
         for dtype in (torch.float32, torch.bfloat16):
             dequantize.forward(codes, absmax, "nf4", N, K, dtype)
             dequantize.forward(int8, n, "int8", N, K, dtype)
+    for M, q, b in ((7, 4, 3), (33, 3, 17), (40, 1, 130)):
+        x, gx = (at_the_edge(torch.randn(M, q * b).to(base)) for _ in range(2))
+        m = BlockRotate(at_the_edge(torch.randn(1, q, b, b)))
+        block_rotate.forward(m, x)
+        block_rotate.backward(m, gx, x)
 print("nothing touched")
 """
 

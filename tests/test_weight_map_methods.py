@@ -354,6 +354,19 @@ def test_oft_branches_turn_in_opposite_directions():
     assert relative_error(polynomial, exact.mT) < 1e-3 < 0.1 < relative_error(polynomial, exact)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (2, 8), (1, 2)])
+def test_the_polynomial_s_gradient_is_autograd_s_through_its_powers(shape):
+    q, b = shape
+    triangle = torch.randn(q, b * (b - 1) // 2, dtype=torch.float64, requires_grad=True)
+    Q = skew(triangle, b)
+    powers = torch.eye(b, dtype=Q.dtype) + 2 * Q + 2 * Q @ Q + 2 * Q @ Q @ Q + Q @ Q @ Q @ Q
+    ours = cayley_neumann(skew(triangle, b), 5)
+    torch.testing.assert_close(ours, powers)
+    d_R = torch.randn_like(powers)
+    for one, other in zip(*(torch.autograd.grad(R, triangle, d_R) for R in (ours, powers))):
+        torch.testing.assert_close(one, other)
+
+
 def test_coft_keeps_the_rotation_small():
     adapter, base = make(M["oft"](block_size=4, coft=True, eps=0.2), (12, 24))
     perturbed(adapter)

@@ -38,6 +38,7 @@ VARIANTS: tuple[tuple[str, str, dict[str, Any], bool], ...] = (
     ("dropout 0.05 on the branch", "dora", {"dropout": 0.05, "dropout_mode": "branch"}, False),
     ("fp32 adapters", "dora", {}, True),
     ("fp32 adapters, dropout 0.05", "dora", {"dropout": 0.05, "dropout_mode": "peft"}, True),
+    ("blocks of 32", "oft", {"r": None, "block_size": 32}, False),  # the default, PEFT's too
 )
 AS_BASE, WIDE = ADAPTER_DTYPES = ("base", "float32")
 

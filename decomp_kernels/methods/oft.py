@@ -19,6 +19,7 @@ from decomp_kernels import dispatch
 from decomp_kernels.factors import BlockRotate, Factors
 from decomp_kernels.methods.base import Adapter, Base, Method, method
 from decomp_kernels.ops.autocast import no_autocast
+from decomp_kernels.ops.once import once_differentiable
 from decomp_kernels.peft_form import PeftForm, PeftTensor
 
 DEFAULT_SIZE = 32
@@ -144,19 +145,41 @@ def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
 
     As PEFT counts: two terms are I + 2 Q, and three and four are both I + 2 Q + 2 Q^2 + Q^3.
     """
+    if terms == 5:
+        return _FiveTerms.apply(Q)
     R = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + 2 * Q
     if terms == 2:
         return R
     last = max(terms - 1, 3)
-    if last == 4:  # the default: (I + Q)^2 (I + Q^2), with one product less
-        square = Q @ Q
-        twice = R + square
-        return torch.baddbmm(twice, twice, square)
     power = Q
     for exponent in range(2, last + 1):
         power = power @ Q
         R = R + (power if exponent == last else 2 * power)
     return R
+
+
+class _FiveTerms(torch.autograd.Function):
+    """The default, as (I + Q)^2 (I + Q^2) of skew Q [q, b, b]: two products, and three backward.
+
+    The gradient is right up to a symmetric part, which skew Q has no use for: with S = Q^2 and its
+    gradient's symmetric part D, dQ = -(D Q + Q D), whose two terms are each other's -transpose.
+    """
+
+    @staticmethod
+    def forward(ctx, Q):
+        S = Q @ Q
+        square = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device).add(Q, alpha=2).add_(S)
+        ctx.save_for_backward(Q, S, square)
+        return torch.baddbmm(square, square, S)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dR):
+        Q, S, square = ctx.saved_tensors
+        d_square = torch.baddbmm(dR, dR, S)
+        dS = torch.baddbmm(d_square, square.mT, dR)
+        half = torch.bmm(dS + dS.mT, Q).mul_(0.5)
+        return d_square.mul_(2).sub_(half).add_(half.mT)
 
 
 @torch.no_grad()

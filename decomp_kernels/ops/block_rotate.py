@@ -10,6 +10,7 @@ weight of the forward GEMM, 2 N K b operations; ``forward`` rotates x, 2 M K b, 
 import torch
 from torch import Tensor
 
+from decomp_kernels import dispatch
 from decomp_kernels.factors import BlockRotate
 from decomp_kernels.kernels.aten import block_rotate as aten
 from decomp_kernels.ops.autocast import outside_autocast
@@ -22,6 +23,7 @@ ACTS_ON_INPUT = True
 _MAP = "Tensor blocks, Tensor? permutations, str impl"
 
 _FILES = files(triton="block_rotate")
+_ONE_FACTOR = files(triton="block_rotate", native={"native:passes": "block_rotate"})
 
 torch.library.define("decomp_kernels::block_rotate_build", f"(Tensor weight, {_MAP}) -> Tensor")
 torch.library.define("decomp_kernels::block_rotate_fwd", f"(Tensor x, {_MAP}) -> Tensor")
@@ -38,29 +40,30 @@ torch.library.define(
 @torch.library.impl("decomp_kernels::block_rotate_build", "CompositeExplicitAutograd")
 @outside_autocast
 def _build(weight, blocks, permutations, impl):
-    return (
-        _implementation(weight, impl).build(BlockRotate(blocks, permutations), weight).contiguous()
-    )
+    m = BlockRotate(blocks, permutations)
+    return _implementation(m, weight, impl, "forward").build(m, weight).contiguous()
 
 
 @torch.library.impl("decomp_kernels::block_rotate_fwd", "CompositeExplicitAutograd")
 @outside_autocast
 def _fwd(x, blocks, permutations, impl):
     m = BlockRotate(blocks, permutations)
-    turned = _implementation(x, impl).forward(m, x.reshape(-1, x.shape[-1]))
+    turned = _implementation(m, x, impl, "forward").forward(m, x.reshape(-1, x.shape[-1]))
     return torch.ops.aten._unsafe_view(turned.contiguous(), x.shape)
 
 
 @torch.library.impl("decomp_kernels::block_rotate_contract", "CompositeExplicitAutograd")
 @outside_autocast
 def _contract(weight, g, x, blocks, permutations, impl):
-    return _implementation(weight, impl).contract(BlockRotate(blocks, permutations), weight, g, x)
+    m = BlockRotate(blocks, permutations)
+    return _implementation(m, x, impl, "backward").contract(m, weight, g, x)
 
 
 @torch.library.impl("decomp_kernels::block_rotate_bwd", "CompositeExplicitAutograd")
 @outside_autocast
 def _bwd(gx, x, blocks, permutations, impl):
-    d_blocks, dx = _implementation(x, impl).backward(BlockRotate(blocks, permutations), gx, x)
+    m = BlockRotate(blocks, permutations)
+    d_blocks, dx = _implementation(m, x, impl, "backward").backward(m, gx, x)
     return d_blocks, dx.contiguous()
 
 
@@ -84,8 +87,16 @@ def _bwd_fake(gx, x, blocks, permutations, impl):
     return blocks.new_empty(blocks.shape), gx.new_empty(gx.shape)
 
 
-def _implementation(x: Tensor, impl: str):
-    return implementation(x, impl, reference, aten, _FILES)
+def _implementation(m: BlockRotate, rows: Tensor, impl: str, direction: str):
+    """rows: the matrix that is rotated, x or the weight."""
+
+    def asked() -> dispatch.Work:
+        M, b = rows.numel() // max(rows.shape[-1], 1), m.blocks.shape[-1]
+        base, adapter = dispatch.dtype_names(rows, m.blocks)
+        return dispatch.Work("block_rotate", direction, M, rows.numel(), b, base, adapter)
+
+    one = m.permutations is None and m.blocks.shape[0] == 1
+    return implementation(rows, impl, reference, aten, _ONE_FACTOR if one else _FILES, asked)
 
 
 build_op = torch.ops.decomp_kernels.block_rotate_build.default
