@@ -1,19 +1,27 @@
 """Host kernels on weights and the library calls they stand in for: cases of native_kernels.py.
 
-Row norms, merged weights, Gram matrices of a model's factors, dequantisation, and block-diagonal
-rotations.
+Row norms, merged weights, Gram matrices of a model's factors, dequantisation, block-diagonal
+rotations, and sparse values.
 """
 
 from collections.abc import Callable, Iterator
 
 import torch
 
-from decomp_kernels.factors import BlockRotate
+from decomp_kernels.factors import BlockRotate, Scatter
 from decomp_kernels.kernels.aten import block_rotate as aten_block_rotate
 from decomp_kernels.kernels.aten import dequantize as aten_dequantize
 from decomp_kernels.kernels.aten import gram as aten_gram
 from decomp_kernels.kernels.aten import row_norm as aten_row_norm
-from decomp_kernels.kernels.native import block_rotate, dequantize, gram, merged_weight, row_norm
+from decomp_kernels.kernels.aten import scatter as aten_scatter
+from decomp_kernels.kernels.native import (
+    block_rotate,
+    dequantize,
+    gram,
+    merged_weight,
+    row_norm,
+    scatter,
+)
 from decomp_kernels.reference import decomposed_linear as reference
 
 SIZES = (1024, 2048, 4096)
@@ -134,6 +142,28 @@ def rotations() -> Iterator[Case]:
                 )  # fmt: skip
 
 
+def sampled() -> Iterator[Case]:
+    """Sparse values and their gradient, of 512 tokens; ranks: as many values as LoRA has."""
+    for size in SIZES[:2]:
+        for r in RANKS:
+            places = torch.randperm(size * size)[: 2 * r * size].sort().values
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                g, x = (torch.randn(512, size).to(dtype) for _ in range(2))
+                values = torch.empty(len(places), dtype=dtype)
+                m = Scatter(places // size, places % size, values)
+                dense = torch.randn(size, size).to(dtype)
+                yield (
+                    "scatter forward", f"{size} r={r} {name}",
+                    lambda m=m, W=dense: aten_scatter.build(m, W),
+                    lambda m=m, W=dense: scatter.build(m, W),
+                )  # fmt: skip
+                yield (
+                    "scatter backward", f"{size} r={r} {name}",
+                    lambda m=m, W=dense, g=g, x=x: aten_scatter.contract(m, W, g, x),
+                    lambda m=m, W=dense, g=g, x=x: scatter.contract(m, W, g, x),
+                )  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
-    for topic in (row_norms, merges, grams, codes, rotations):
+    for topic in (row_norms, merges, grams, codes, rotations, sampled):
         yield from topic()

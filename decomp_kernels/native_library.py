@@ -22,6 +22,7 @@ OPERATORS = (
     "cpu_level", "cpu_has_matrix_tiles", "down_projection", "column_walk", "up_expansion",
     "fused_forward", "fused_input_gradient", "squared_rows", "row_norm_fwd", "row_norm_bwd",
     "merged_weight", "gram_fwd", "gram_bwd", "dequantize", "block_rotate", "block_rotate_bwd",
+    "sampled_products", "scattered_sum",
 )  # fmt: skip
 AUTOGRAD_ARGUMENTS = (
     "x", "weight", "bias", "down", "up", "core", "in_scale", "out_scale", "seed", "scale",

@@ -123,6 +123,15 @@ def block_rotate(data, ops, M, N, r, dtype):
 
 
 @call
+def scatter(data, ops, M, N, r, dtype):
+    count = data.draw(st.integers(0, 50)) if M else 0
+    rows, cols = torch.randint(max(M, 1), (count,)), torch.randint(r + 1, (count,))
+    ops.sampled_products(drawn(M, N, dtype=dtype), drawn(r + 1, N, dtype=dtype), rows, cols)
+    values = drawn(count, dtype=small(data, dtype))
+    ops.scattered_sum(drawn(M, r + 1, dtype=dtype), rows, cols, values)
+
+
+@call
 def autograd_node(data, ops, M, N, r, dtype):
     """csrc/autograd, forward and backward, with some terms and some gradients: by library calls or
     host kernels, and by these both ways with dropout and a float32 branch too.

@@ -437,6 +437,10 @@ for base, small in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloa
         m = BlockRotate(at_the_edge(torch.randn(1, q, b, b)))
         block_rotate.forward(m, x)
         block_rotate.backward(m, gx, x)
+        rows, cols = (at_the_edge(torch.randint(size, (9,))) for size in (M, M))
+        native_library.ops().sampled_products(x, gx, rows, cols)
+        values = at_the_edge(torch.randn(9).to(base))
+        native_library.ops().scattered_sum(x, rows, rows % x.shape[1], values)
 print("nothing touched")
 """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from decomp_kernels.factors import Scatter
 from decomp_kernels.kernels.aten import scatter as aten
 from decomp_kernels.ops.autocast import outside_autocast
-from decomp_kernels.ops.implementation import files, implementation
+from decomp_kernels.ops.implementation import files, implementation, work
 from decomp_kernels.ops.weight_map import check_tensors
 from decomp_kernels.reference import scatter as reference
 
@@ -18,7 +18,7 @@ ACTS_ON_INPUT = False
 
 _MAP = "Tensor rows, Tensor cols, Tensor values, str impl"
 
-_FILES = files(triton="scatter")
+_FILES = files(triton="scatter", native={"native:passes": "scatter"})
 
 torch.library.define("decomp_kernels::scatter_build", f"(Tensor weight, {_MAP}) -> Tensor")
 torch.library.define(
@@ -29,14 +29,17 @@ torch.library.define(
 @torch.library.impl("decomp_kernels::scatter_build", "CompositeExplicitAutograd")
 @outside_autocast
 def _build(weight, rows, cols, values, impl):
-    built = _implementation(weight, impl).build(Scatter(rows, cols, values), weight)
+    built = _implementation(weight, weight, impl, "forward").build(
+        Scatter(rows, cols, values), weight
+    )
     return built.contiguous()
 
 
 @torch.library.impl("decomp_kernels::scatter_contract", "CompositeExplicitAutograd")
 @outside_autocast
 def _contract(weight, g, x, rows, cols, values, impl):
-    return _implementation(weight, impl).contract(Scatter(rows, cols, values), weight, g, x)
+    chosen = _implementation(weight, g, impl, "backward")
+    return chosen.contract(Scatter(rows, cols, values), weight, g, x)
 
 
 @torch.library.register_fake("decomp_kernels::scatter_build")
@@ -49,8 +52,9 @@ def _contract_fake(weight, g, x, rows, cols, values, impl):
     return values.new_empty(values.shape)
 
 
-def _implementation(weight: Tensor, impl: str):
-    return implementation(weight, impl, reference, aten, _FILES)
+def _implementation(weight: Tensor, rows: Tensor, impl: str, direction: str):
+    asked = work("scatter", direction, rows, weight, None)
+    return implementation(weight, impl, reference, aten, _FILES, asked)
 
 
 build_op = torch.ops.decomp_kernels.scatter_build.default

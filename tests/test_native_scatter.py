@@ -1,0 +1,131 @@
+"""The host kernels of sparse values, at every level of this machine, against float64."""
+
+import pytest
+import torch
+from test_native_norm import random, threads  # noqa: F401
+
+import decomp_kernels as dk
+from decomp_kernels import native_library
+from decomp_kernels.factors import Scatter
+from decomp_kernels.kernels.aten import scatter as aten
+from decomp_kernels.kernels.native import scatter
+from decomp_kernels.reference import scatter as reference
+from decomp_kernels.testing import assert_as_good_as
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def places(count, N, K):
+    gen = torch.Generator().manual_seed(count)
+    flat = torch.randperm(N * K, generator=gen)[:count].sort().values
+    return flat // K, flat % K
+
+
+@dtypes
+@pytest.mark.parametrize("M", [0, 1, 15, 33, 64, 300, 2048, 5000])
+@pytest.mark.parametrize("count", [0, 1, 70])
+def test_gradients_match_the_definition(M, count, dtype, level):
+    N, K = 40, 90
+    weight, g, x = (random(*s, dtype=dtype, seed=i) for i, s in enumerate(((N, K), (M, N), (M, K))))
+    m = Scatter(*places(count, N, K), torch.empty(count, dtype=torch.float32))
+    exact = reference.contract(
+        Scatter(m.rows, m.cols, m.values.double()), weight.double(), g.double(), x.double()
+    )
+    ours = scatter.contract(m, weight, g, x)
+    assert ours.dtype == m.values.dtype
+    assert_as_good_as(ours, aten.contract(m, weight, g, x), exact, "values")
+
+
+@dtypes
+@pytest.mark.parametrize("small", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (40, 90), (300, 700)], ids=str)
+def test_sums_are_the_definition_s_to_the_bit(shape, small, dtype, level):
+    weight = random(*shape, dtype=dtype)
+    for count in {0, min(1, weight.numel()), weight.numel() // 3}:
+        rows, cols = places(count, *shape)
+        order = torch.randperm(count)  # in any order
+        m = Scatter(rows[order], cols[order], random(count, dtype=small, seed=2))
+        before = weight.clone()
+        assert torch.equal(scatter.build(m, weight), reference.build(m, weight))
+        assert torch.equal(weight, before)
+
+
+def test_many_values_are_left_to_the_library(monkeypatch, level):
+    """A dense product is faster then, and what it makes is taken from it block by block."""
+    seen = []
+    dense = aten.contract
+    monkeypatch.setattr(aten, "contract", lambda *terms: seen.append(1) or dense(*terms))
+    weight, g, x = random(16, 16), random(5, 16), random(5, 16)
+    for count, by_library in ((2, False), (200, True)):
+        seen.clear()
+        scatter.contract(Scatter(*places(count, 16, 16), torch.empty(count)), weight, g, x)
+        assert bool(seen) == by_library
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads(level, threads):  # noqa: F811
+    for dtype in DTYPES:
+        weight, g, x = (random(*s, dtype=dtype) for s in ((256, 512), (700, 256), (700, 512)))
+        m = Scatter(*places(4000, 256, 512), torch.empty(4000))
+        results = []
+        for count in threads:
+            torch.set_num_threads(count)
+            results.append(scatter.contract(m, weight, g, x))
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_wrong_calls_say_what_is_wrong(level):
+    call = native_library.ops().sampled_products
+    left, right = random(4, 6), random(5, 6)
+    rows, cols = torch.tensor([0, 3]), torch.tensor([4, 0])
+    for terms, says in (
+        ((left[0], right, rows, cols), r"left must have shape \(any, any\)"),
+        ((left, right[:, :5].contiguous(), rows, cols), r"right must have shape \(any, 6\)"),
+        ((left, right.bfloat16(), rows, cols), "right must be Float, got BFloat16"),
+        ((left.double(), right.double(), rows, cols), "left must be float32 or bfloat16"),
+        ((left, right, rows.int(), cols), "rows must be Long, got Int"),
+        ((left, right, rows, cols[:1]), r"cols must have shape \(2\), got \(1\)"),
+        ((left, right, rows + 1, cols), "rows must be from 0 to 3, got 4"),
+        ((left, right, rows, cols - 1), "cols must be from 0 to 4, got -1"),
+        ((left[:0], right, rows, cols), "rows must be from 0 to -1, got 0"),
+    ):
+        with pytest.raises(RuntimeError, match=f"sampled_products: {says}"):
+            call(*terms)
+    weight, values = random(4, 5), random(2)
+    for terms, says in (
+        ((weight, rows, cols, values[:1]), r"rows must have shape \(1\), got \(2\)"),
+        ((weight, rows + 1, cols, values), "rows must be from 0 to 3, got 4"),
+        ((weight, rows, cols + 1, values), "cols must be from 0 to 4, got 5"),
+        ((weight, rows, cols, values.double()), "values must be float32 or bfloat16"),
+        ((weight.T, rows, cols, values), "weight must be contiguous"),
+    ):
+        with pytest.raises(RuntimeError, match=f"scattered_sum: {says}"):
+            native_library.ops().scattered_sum(*terms)
+
+
+def test_schemas(level):
+    places = torch.tensor([0, 3]), torch.tensor([4, 0])
+    ops = native_library.ops()
+    for op, terms in (
+        (ops.sampled_products, (random(4, 6), random(5, 6), *places)),
+        (ops.scattered_sum, (random(4, 5), *places, random(2))),
+    ):
+        torch.library.opcheck(op.default, terms, test_utils=("test_schema",))
+
+
+def test_auto_takes_it(monkeypatch):
+    if (arch := native_library.cpu_architecture()) != "avx512_bf16":
+        pytest.skip(f"measured at avx512_bf16 alone, this machine has {arch}")
+    called = []
+    for module in (aten, scatter):
+        run = module.contract
+
+        def note(*terms, run=run, name=module.__name__):
+            called.append(name.split(".")[-2])
+            return run(*terms)
+
+        monkeypatch.setattr(module, "contract", note)
+    layer = dk.DecomposedLinear(torch.nn.Linear(64, 48), dk.Sparse(density=0.01))
+    layer(torch.randn(5, 64, requires_grad=True)).sum().backward()
+    assert called == ["native"]
