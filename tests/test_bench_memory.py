@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from decomp_kernels import native_library
 from decomp_kernels.bench import engine, memory
 from decomp_kernels.kernels import mask
 from decomp_kernels.ops.decomposed_linear import decomposed_linear
@@ -135,3 +136,14 @@ def test_a_mask_is_drawn_in_blocks_not_for_the_whole_of_x():
     assert block * 8 <= x.nbytes // 8  # else this shows nothing
     y_and_dx = 2 * x.nbytes
     assert saved == 0 and y_and_dx < peak <= y_and_dx + 8 * block
+
+
+@pytest.mark.parametrize("node", [True, False], ids=["in one call", "by the interpreter"])
+def test_a_float32_bias_on_a_bf16_layer_makes_no_float32_copy_of_dy(node, monkeypatch):
+    if not node:
+        monkeypatch.setattr(native_library, "autograd_node", lambda: None)
+    weight, x = torch.randn(512, 256).bfloat16(), torch.randn(1024, 256).bfloat16()
+    bias = torch.zeros(512, requires_grad=True)
+    frozen, _ = of(lambda x: F.linear(x, weight), x=x)
+    peak, _ = of(lambda x: decomposed_linear(x, weight, bias, impl="aten"), x=x)
+    assert peak <= frozen + 16 * bias.nbytes

@@ -42,6 +42,16 @@ Tensor scale_columns(const Tensor& x, const Tensor& by, const Tensor& shift) {
       at::native_batch_norm(x, scale, given(bias), zero, zero, false, 0.0, 1.0));
 }
 
+Tensor column_sum(const Tensor& dy, at::ScalarType kind) {
+  if (kind != at::kFloat || dy.scalar_type() == kind || dy.numel() == 0)
+    return dy.sum(0, false, kind);
+  const Tensor one = at::ones({dy.size(1)}, dy.options().dtype(kind));
+  const Tensor zero = at::zeros_like(one);
+  return std::get<2>(at::native_batch_norm_backward(dy, dy, one, zero, zero, std::nullopt,
+                                                    std::nullopt, false, 1.0,
+                                                    {false, false, true}));
+}
+
 struct ColumnGradients {
   Tensor scaled, sum, shift;
 };
@@ -56,7 +66,7 @@ ColumnGradients scale_columns_backward(const Tensor& dy, const Tensor& x, const 
   }
   if (!summed)
     return {scaled ? scale_columns(dy, by, Tensor()) : Tensor(), Tensor(),
-            shift ? dy.sum(0, false, kind) : Tensor()};
+            shift ? column_sum(dy, kind) : Tensor()};
   const Tensor gamma = by.to(kind);
   const Tensor zero = at::zeros_like(gamma);
   auto [first, sum, second] = at::native_batch_norm_backward(
@@ -166,7 +176,7 @@ Gradients library_gradients(const Tensor& dy, const Tensor& x, const variable_li
 
   Tensor g = dy;
   if (!out_scale.defined()) {
-    if (need[kBias]) found[kBias] = dy.sum(0, false, bias.scalar_type());
+    if (need[kBias]) found[kBias] = column_sum(dy, bias.scalar_type());
   } else {
     const auto over =
         scale_columns_backward(dy, z, out_scale, need_dX, need[kOutScale], need[kBias]);

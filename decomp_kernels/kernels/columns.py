@@ -42,7 +42,7 @@ def scale_columns_backward(
         return (
             scale_columns(dy, scale) if scaled else None,
             None,
-            dy.sum(0, dtype=wide) if shift else None,
+            column_sum(dy, wide) if shift else None,
         )
     if x is None:
         raise RuntimeError("the sum over dy * x was asked for without x")
@@ -56,3 +56,14 @@ def scale_columns_backward(
         d_scale,
         d_shift if shift else None,
     )
+
+
+def column_sum(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """sum_rows dy, in ``dtype``; on a CPU the library's own would make a float32 copy of dy."""
+    if dtype != torch.float32 or dy.dtype == dtype or not dy.is_cpu or dy.numel() == 0:
+        return dy.sum(0, dtype=dtype)
+    one = torch.ones(dy.shape[1], dtype=dtype)
+    zero = torch.zeros_like(one)
+    return torch.ops.aten.native_batch_norm_backward(
+        dy, dy, one, zero, zero, None, None, False, 1.0, [False, False, True]
+    )[2]

@@ -42,8 +42,9 @@ def over_scale(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(g, d_out_scale, d_bias).  g is dy where it is not ``scaled``."""
     if out_scale is None:
-        kind = None if bias is None else bias.dtype
-        return dy, None, dy.sum(0, dtype=kind) if need.bias else None
+        if bias is None or not need.bias:
+            return dy, None, None
+        return dy, None, columns.column_sum(dy, bias.dtype)
     g, d_out, d_bias = columns.scale_columns_backward(
         dy, z, out_scale, scaled=scaled, summed=bool(need.out_scale), shift=bool(need.bias)
     )

@@ -178,7 +178,8 @@ class _FiveTerms(torch.autograd.Function):
         Q, S, square = ctx.saved_tensors
         d_square = torch.baddbmm(dR, dR, S)
         dS = torch.baddbmm(d_square, square.mT, dR)
-        half = torch.bmm(dS + dS.mT, Q).mul_(0.5)
+        dS = dS + dS.mT
+        half = torch.bmm(dS, Q).mul_(0.5)
         return d_square.mul_(2).sub_(half).add_(half.mT)
 
 
