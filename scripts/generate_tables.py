@@ -148,7 +148,7 @@ def picture(root: Path) -> str | None:
     if not path.exists():
         return None
     content = suites.read(path)
-    found = gains.shown(gains.gains([content]))
+    found = gains.shown(gains.gains([content]), gains.SHOWN)
     return gains_picture.picture(
         found, gains.table(found).words.partition(":")[0], headline(content)
     )

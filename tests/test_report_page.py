@@ -46,7 +46,8 @@ def contender(ns, frozen, peak, path="a path"):
     spread = {"median": ratios[1], "q1": ratios[0], "q3": ratios[2]}
     phases = ("forward", "backward", "both")
     return {
-        "path": path, "ratio": dict.fromkeys(phases, spread), "ns": dict.fromkeys(phases, ns),
+        "path": path, "calls": [],
+        "ratio": dict.fromkeys(phases, spread), "ns": dict.fromkeys(phases, ns),
         "peak_bytes": peak * 2**20, "saved_bytes": 1024, "trainable": 1,
     }  # fmt: skip
 
@@ -63,8 +64,9 @@ def row(method="lora", ours=(110, 111, 112), peer=(120, 121, 122), dtype="bfloat
     return {
         "method": method, "label": method, "options": {"r": 4}, "shape": [8, 16, 32],
         "dtype": dtype, "adapter_dtype": dtype, "variant": "", "bias": False, "seconds": 0.1,
-        "left_out": {},
-        "contenders": contenders,
+        "left_out": {}, "contenders": contenders,
+        "work": {name: {"flops": {"both": 1e9}, "bytes": {"both": 1e9}} for name in contenders},
+        "roof": {"what": "a roof", "share": {"both": {"median": 0.5, "q1": 0.4, "q3": 0.6}}},
     } | more  # fmt: skip
 
 
@@ -462,3 +464,13 @@ def test_a_mark_that_is_wrong_stops_it_before_anything_is_written(tree, text, wo
     with pytest.raises(SystemExit, match=f"a.md: .*{words}"):
         generate_tables.main([], tree)
     assert (tree / "README.md").read_text() == block("cpu/layer.json")
+
+
+def test_the_path_says_which_other_operators_ran_by_kernels_of_ours():
+    found = row("oft")
+    found["contenders"]["ours"]["calls"] = [
+        "block_rotate backward: native, 1", "block_rotate forward: native, 1",
+        "decomposed_linear forward: aten, 1", "kron forward: aten, 2",
+    ]  # fmt: skip
+    (line,) = layer_tables.tables(content(rows=[found]))[0].lines
+    assert line[-1] == "a path + block_rotate native"

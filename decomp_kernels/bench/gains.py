@@ -16,20 +16,20 @@ from decomp_kernels.bench.contenders import FORMULA, OURS, PEFT_COMPILED
 from decomp_kernels.bench.engine import FROZEN, Spread, spread
 from decomp_kernels.bench.tables import MIB, SHORT, Table, counted
 
-SHOWN = (  # the methods that most people train, and SSB, the paper's own
-    ("lora", 0.0, False),
-    ("lora", 0.05, False),
-    ("lora", 0.0, True),
-    ("lora", 0.05, True),
-    ("dora", 0.0, False),
-    ("dora", 0.05, False),
-    ("dora", 0.0, True),
-    ("ssb", 0.0, False),
-    ("ia3", 0.0, False),
-    ("adalora", 0.0, False),
-    ("vera", 0.0, False),
-    ("oft", 0.0, False),
-)
+SHOWN = (  # the methods that most people train, and SSB, the paper's own: labels of rows
+    "lora", "lora, dropout 0.05", "lora, fp32 adapters", "lora, fp32 adapters, dropout 0.05",
+    "dora", "dora, dropout 0.05", "dora, fp32 adapters", "ssb", "ia3", "adalora", "vera", "oft",
+    "oft, blocks of 32",
+)  # fmt: skip
+ALSO = (
+    "boft",
+    "hra",
+    "loha",
+    "lokr",
+    "hira",
+    "sparse",
+    "pissa",
+)  # what else PEFT has, in the table
 SAME = ("device", "threads", "clock")
 SAME_MACHINE = ("cpu", "cores", "gpus")  # its clocks and its load are never the same twice
 MORE_MEMORY = 1.05  # a peak this much above PEFT's is said
@@ -74,21 +74,18 @@ def alike(contents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [content for content, one in zip(found, how, strict=True) if one == how[0]]
 
 
-def shown(found: Sequence[Gain]) -> list[Gain]:
-    """The rows of the headline table: SHOWN at the largest shape, in bf16 where it was measured."""
+def shown(found: Sequence[Gain], labels: Sequence[str] = SHOWN + ALSO) -> list[Gain]:
+    """The rows of the headline table, at the largest shape, in bf16 where it was measured."""
     if not found:
         return []
     shape = max((gain.shape for gain in found), key=lambda s: (s[0] * s[1] * s[2], s))
     here = [gain for gain in found if gain.shape == shape and not gain.row["bias"]]
     wanted = "bfloat16" if any(gain.dtype == "bfloat16" for gain in here) else "float32"
-    here = [gain for gain in here if gain.dtype == wanted]
-    first: dict[tuple[str, float, bool], Gain] = {}
+    first: dict[str, Gain] = {}
     for gain in here:
-        options = gain.row["options"]
-        wide = gain.row["adapter_dtype"] != gain.dtype
-        if not options.get("cache_norm"):
-            first.setdefault((gain.row["method"], options.get("dropout", 0.0), wide), gain)
-    return [first[name] for name in SHOWN if name in first]
+        if gain.dtype == wanted:
+            first.setdefault(gain.label, gain)
+    return [first[label] for label in labels if label in first]
 
 
 def table(found: Sequence[Gain]) -> Table:

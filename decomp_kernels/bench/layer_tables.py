@@ -5,6 +5,7 @@ of the processes' medians, their range where there are several, and the outermos
 """
 
 import math
+import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from decomp_kernels.bench.contenders import (
     PEFT_WIDE,
 )
 from decomp_kernels.bench.engine import CONTROL, FROZEN
+from decomp_kernels.bench.observed import OPERATOR
 from decomp_kernels.bench.peers_gpu import AXOLOTL, UNSLOTH
 from decomp_kernels.bench.tables import MIB, SHORT, Table, headline, markdown
 from decomp_kernels.dispatch import IMPLS
@@ -48,8 +50,9 @@ TIME_WORDS = (
     "control: an identical second frozen layer. best other: ours by the fastest other "
     "implementation. PEFT: its layer with adapters of our dtype; PEFT fp32: with its default of "
     "float32; accelerate(): PEFT's layer on our operator; formula: the method as its paper's code "
-    "has it, where PEFT lacks it. path: what ours was seen to take. PEFT computes DoRA's norm in "
-    "every step and drops x in its base product too, also where the row's ours does not."
+    "has it, where PEFT lacks it. path: what ours was seen to take, and which other operators ran "
+    "by kernels of ours. PEFT computes DoRA's norm in every step and drops x in its base product "
+    "too, also where the row's ours does not."
 )
 # Where a file has them (bench/conditions.py), each in a table of its own.
 CONDITIONS = {
@@ -73,17 +76,15 @@ def tables(content: dict[str, Any], phase: str = "both") -> list[Table]:
 def tables_of(rows: Iterable[dict[str, Any]], phase: str = "both") -> list[Table]:
     """``tables`` of the rows of one or more results files."""
     groups = list(grouped(rows).values())
-    counted = [group for group in groups if "roof" in group[0]]  # not in files of the first form
-    roofs = dict.fromkeys(group[0]["roof"]["what"] for group in counted)
+    roofs = dict.fromkeys(group[0]["roof"]["what"] for group in groups)
     found = [Table(f"Layers: time, {phase}", *_time(groups, phase), TIME_WORDS)]
     for condition, words in CONDITIONS.items():
         having = [group for group in groups if medians(group, FROZEN, condition)]
         if having:
             title = f"Layers: time, {condition}"
             found.append(Table(title, *_time(having, condition), words))
-    if counted:
-        words = WORK_WORDS.format(roof="; ".join(roofs))
-        found.append(Table("Layers: memory and work", *_work(counted), words))
+    words = WORK_WORDS.format(roof="; ".join(roofs))
+    found.append(Table("Layers: memory and work", *_work(groups), words))
     absent = _absent(groups)
     if absent:
         found.append(
@@ -223,7 +224,18 @@ def _which(group: Group) -> tuple[str, str, str]:
 
 def _paths(group: Group) -> str:
     """What ours took: every way that a process took."""
-    return " or ".join(dict.fromkeys(row["contenders"][OURS]["path"] for row in group))
+    return " or ".join(dict.fromkeys(_path(row["contenders"][OURS]) for row in group))
+
+
+def _path(ours: dict[str, Any]) -> str:
+    """The linear's way, and which other operators ran by kernels of ours."""
+    calls = [re.match(r"(\w+) \w+: (\w+)", line) for line in ours["calls"]]
+    others = dict.fromkeys(
+        f"{call[1]} {call[2]}"
+        for call in calls
+        if call and call[1] != OPERATOR and call[2] in ("native", "triton")
+    )
+    return " + ".join([ours["path"], *others])
 
 
 def progress(row: dict[str, Any]) -> str:
@@ -328,13 +340,14 @@ def picture_of(rows: Iterable[dict[str, Any]], path: Path, title: str) -> None:
                     axis.text(limit, spot, f" {value:.0f} %", va="center", fontsize=6)
         axis.set_xlim(right=1.15 * max(reach, 1.0))
         axis.set_yticks(range(len(groups)), [group[0]["label"] for group in groups], fontsize=8)
-        axis.invert_yaxis()
+        axis.set_ylim(len(groups) - 0.4, -0.6)
         axis.axvline(0.0, color="black", linewidth=0.8)
         axis.set_title(f"{shape}, {SHORT[dtype]}", fontsize=9)
         axis.set_xlabel("% over the frozen nn.Linear", fontsize=8)
         axis.legend(fontsize=7)
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
+    height = figure.get_size_inches()[1]
+    figure.suptitle(title, fontsize=9, y=1 - 0.1 / height, va="top")
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.3 / height))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -84,7 +84,8 @@ def _gains(files: Sequence[Shown]) -> str:
         return ""
     table = gains.table(best)
     where = headline(contents[0])
-    svg = gains_picture.picture(best, table.words.partition(":")[0], where)
+    drawn = gains.shown(found, gains.SHOWN) or best
+    svg = gains_picture.picture(drawn, table.words.partition(":")[0], where)
     return f"""<section><h2>What a user gains</h2>
 <p class="where">{escape(where)}</p>
 <figure>{svg}</figure>
