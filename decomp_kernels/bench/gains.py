@@ -30,7 +30,7 @@ ALSO = (
     "sparse",
     "pissa",
 )  # what else PEFT has, in the table
-SAME = ("device", "threads", "clock")
+SAME = ("device", "threads", "clock", "processes", "compile")
 SAME_MACHINE = ("cpu", "cores", "gpus")  # its clocks and its load are never the same twice
 MORE_MEMORY = 1.05  # a peak this much above PEFT's is said
 
@@ -58,7 +58,7 @@ def gains(contents: Iterable[dict[str, Any]]) -> list[Gain]:
 
 
 def alike(contents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The layer suite's file with most rows, and those measured on the same device, threads, clock.
+    """The layer suite's file with most rows, and those measured in the same way on the same machine.
 
     Ratios of one thread and of two are not put into one table.
     """
