@@ -117,7 +117,7 @@ def table(found: Sequence[Gain]) -> Table:
 
 def _paths(found: Iterable[Gain]) -> str:
     """What ours was seen to take, most rows first, each with its rows where they differ."""
-    count = Counter(gain.row["contenders"][OURS]["path"] for gain in found)
+    count = Counter(layer_tables.path_of(gain.row["contenders"][OURS]) for gain in found)
     if len(count) == 1:
         return next(iter(count))
     return ", ".join(f"{path} in {counted(n, 'row')}" for path, n in count.most_common())

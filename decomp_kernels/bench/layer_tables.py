@@ -224,10 +224,10 @@ def _which(group: Group) -> tuple[str, str, str]:
 
 def _paths(group: Group) -> str:
     """What ours took: every way that a process took."""
-    return " or ".join(dict.fromkeys(_path(row["contenders"][OURS]) for row in group))
+    return " or ".join(dict.fromkeys(path_of(row["contenders"][OURS]) for row in group))
 
 
-def _path(ours: dict[str, Any]) -> str:
+def path_of(ours: dict[str, Any]) -> str:
     """The linear's way, and which other operators ran by kernels of ours."""
     calls = [re.match(r"(\w+) \w+: (\w+)", line) for line in ours["calls"]]
     others = dict.fromkeys(
