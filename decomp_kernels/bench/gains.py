@@ -58,7 +58,7 @@ def gains(contents: Iterable[dict[str, Any]]) -> list[Gain]:
 
 
 def alike(contents: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The layer suite's file with most rows, and those measured in the same way on the same machine.
+    """The layer suite's file with most rows, and those measured alike on the same machine.
 
     Ratios of one thread and of two are not put into one table.
     """
