@@ -173,6 +173,34 @@ def test_resume_keeps_what_is_there_and_measures_the_rest(tmp_path, capsys):
     assert "--resume needs --output FILE.json" in capsys.readouterr().err
 
 
+def test_resume_refuses_a_row_that_cannot_be_shown_before_it_measures(tmp_path, capsys):
+    output = tmp_path / "layer.json"
+    words = ("layer", "--shape", "8,16,24", "--rounds", 1, "--threads", 1, "--dtype", "float32",
+             "--impls", "auto", "--no-peer", "--resume", "--output", output)  # fmt: skip
+    assert bench(*words, "--methods", "ia3") == 0
+    content = json.loads(output.read_text())
+    content["rows"][0]["label"] = None
+    text = json.dumps(content)
+    output.write_text(text)
+    capsys.readouterr()
+    assert bench(*words, "--methods", "ssl") == 2
+    assert "the rows must be those that the suite 'layer' writes" in capsys.readouterr().err
+    assert output.read_text() == text
+
+
+def test_rows_of_another_gpu_are_not_gone_on_with(tmp_path, monkeypatch):
+    """Their file would be headed by the GPU of now; rows of the CPU do not care which there is."""
+    content = record.document("layer", {"device": "cuda"}, [])
+    content["machine"]["gpus"] = ["one GPU"]
+    here = record.machine()
+    monkeypatch.setattr(record, "machine", lambda: here | {"gpus": ["one GPU"]})
+    record.check_same_place(content, tmp_path)
+    monkeypatch.setattr(record, "machine", lambda: here | {"gpus": ["another"]})
+    with pytest.raises(ValueError, match="is of one GPU, this one is another;"):
+        record.check_same_place(content, tmp_path)
+    record.check_same_place(content | {"protocol": {"device": "cpu"}}, tmp_path)
+
+
 def test_peers_compute_something_with_the_same_parameters():
     pytest.importorskip("peft")
     for row in layers.rows([*peers.CONFIGS], [(8, 32, 24)], ["float32"], 4):
@@ -352,6 +380,7 @@ def test_a_file_of_another_kind_is_refused(text, tmp_path, capsys):
 @pytest.mark.parametrize("damage, message", [
     ({"rows": None}, "its rows are missing or of another kind"),
     ({"rows": [1]}, "its rows are missing or of another kind"),
+    ({"rows": [{"commit": [1]}]}, "its rows are missing or of another kind"),
     ({"rows": [{}]},
      "the rows must be those that the suite 'layer' writes, got KeyError: 'shape'"),
     ({"protocol": None, "machine": 1}, "its machine and protocol are missing or of another kind"),

@@ -14,6 +14,7 @@ import torch
 from decomp_kernels.bench import quality_tables, record
 from decomp_kernels.bench.engine import CONTROL, FROZEN
 from decomp_kernels.cli import glue, loop, quality
+from decomp_kernels.cli.bench import quality as quality_command
 from decomp_kernels.cli.errors import BadInput
 from decomp_kernels.cli.main import main
 from decomp_kernels.cli.quality_arms import ALL_SIX, METHODS, SCALED, arms
@@ -465,3 +466,13 @@ def test_one_seed_of_two_methods(tmp_path, capsys):
     losses = runs["lora r=8"]["losses"]
     assert len(losses) == found["protocol"]["steps"] and len(set(losses)) > 1
     assert shown.stat().st_size > 5000
+
+
+@pytest.mark.parametrize("damage", [{"kind": [1]}, {"kind": None}, {"rate": {}}], ids=str)
+def test_a_damaged_row_is_refused_in_words(damage):
+    row = {"kind": "cost"} if damage == {"kind": None} else {
+        "kind": "run", "key": "lora r=8", "seed": 0, "rate": 0.004,
+    }  # fmt: skip
+    assert list(quality_command._by_identity([row]).values()) == [row]
+    with pytest.raises(BadInput, match="must be those that the suite 'quality' writes"):
+        quality_command._by_identity([row | damage])

@@ -52,6 +52,22 @@ def test_sums_are_the_definition_s_to_the_bit(shape, small, dtype, level):
         assert torch.equal(weight, before)
 
 
+def test_float16_values_on_a_quantized_weight(level):
+    """A weight map may be float16 there, whatever x is; the sums then are float32 all the same."""
+    linear = torch.nn.Linear(64, 32, bias=False)
+    weight = dk.QuantizedLinear.from_linear(linear, "nf4").quantized_weight()
+    m = Scatter(*places(50, 32, 64), random(50, dtype=torch.float16, seed=2).requires_grad_())
+    for dtype in DTYPES:
+        x = random(5, 64, dtype=dtype)
+        ours = dk.decomposed_linear(x, weight, weight_map=m, impl="native:passes")
+        exact = dk.decomposed_linear(x, weight, weight_map=m, impl="reference")
+        torch.testing.assert_close(ours, exact)
+        (d_ours,) = torch.autograd.grad(ours.sum(), m.values)
+        (d_exact,) = torch.autograd.grad(exact.sum(), m.values)
+        assert d_ours.dtype == torch.float16
+        torch.testing.assert_close(d_ours, d_exact)
+
+
 def test_many_values_are_left_to_the_library(monkeypatch, level):
     """A dense product is faster then, and what it makes is taken from it block by block."""
     seen = []

@@ -42,14 +42,19 @@ Tensor scale_columns(const Tensor& x, const Tensor& by, const Tensor& shift) {
       at::native_batch_norm(x, scale, given(bias), zero, zero, false, 0.0, 1.0));
 }
 
+constexpr int64_t kSummedRows = 4096;
+
 Tensor column_sum(const Tensor& dy, at::ScalarType kind) {
-  if (kind != at::kFloat || dy.scalar_type() == kind || dy.numel() == 0)
+  if (kind != at::kFloat || dy.element_size() != 2 || dy.numel() == 0)
     return dy.sum(0, false, kind);
   const Tensor one = at::ones({dy.size(1)}, dy.options().dtype(kind));
   const Tensor zero = at::zeros_like(one);
-  return std::get<2>(at::native_batch_norm_backward(dy, dy, one, zero, zero, std::nullopt,
-                                                    std::nullopt, false, 1.0,
-                                                    {false, false, true}));
+  variable_list parts;
+  for (const Tensor& some : dy.split(kSummedRows))
+    parts.push_back(std::get<2>(at::native_batch_norm_backward(
+        some, some, one, zero, zero, std::nullopt, std::nullopt, false, 1.0,
+        {false, false, true})));
+  return parts.size() == 1 ? parts[0] : at::stack(parts).sum(0);
 }
 
 struct ColumnGradients {

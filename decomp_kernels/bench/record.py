@@ -76,7 +76,7 @@ def read(path: Path, suite: str | None = None) -> dict[str, Any]:
             f"write one with: decomp-kernels bench {suite or 'layer'} --output FILE"
         )
     wrong = [name for name, kind in PARTS.items() if not isinstance(content.get(name), kind)]
-    if wrong or not all(isinstance(row, dict) for row in content["rows"]):
+    if wrong or not all(map(_is_row, content["rows"])):
         raise ValueError(
             f"{path} must be a whole results file; its {' and '.join(wrong) or 'rows'} are missing "
             "or of another kind; measure again"
@@ -89,12 +89,20 @@ def read(path: Path, suite: str | None = None) -> dict[str, Any]:
     return content
 
 
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("commit"), str | None)
+
+
 def check_same_place(content: dict[str, Any], path: Path) -> None:
-    """ValueError where the file was measured on another processor or with other packages, under
-    whose name a document made now would put its rows.
+    """ValueError where the file was measured on another processor, or GPU where that measured, or
+    with other packages: a document made now would put its rows under the name of these.
     """
-    was = {"cpu": content["machine"].get("cpu")} | {n: content["versions"].get(n) for n in DECIDING}
-    now = {"cpu": machine()["cpu"]} | {name: versions().get(name) for name in DECIDING}
+    here, made, there = machine(), versions(), content["machine"]
+    on_gpu = str(content["protocol"].get("device", "cpu")).startswith("cuda")
+    places = ("cpu", "gpus") if on_gpu else ("cpu",)
+    was = {name: there.get(name) for name in places}
+    was |= {name: content["versions"].get(name) for name in DECIDING}
+    now = {name: here[name] for name in places} | {name: made.get(name) for name in DECIDING}
     for what in was:
         if was[what] != now[what]:
             raise ValueError(
@@ -103,7 +111,9 @@ def check_same_place(content: dict[str, Any], path: Path) -> None:
             )
 
 
-def _said(what: str, found: dict[str, str | None]) -> str:
+def _said(what: str, found: dict[str, Any]) -> str:
+    if what == "gpus":
+        return ", ".join(map(str, found[what] or ["no GPU"]))
     return str(found[what]) if what == "cpu" else f"{what} {found[what] or 'missing'}"
 
 

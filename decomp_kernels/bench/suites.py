@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from decomp_kernels.bench.tables import Table
+from decomp_kernels.bench.tables import Table, texts
 
 FAMILY = "decomp_kernels."  # what the "format" of every results file begins with
 NEEDED = ("suite", "date", "machine", "versions")
@@ -62,7 +62,9 @@ def tables(content: dict[str, Any]) -> list[Table]:
     if module is None:
         return [plain(content.get("rows") or [])]
     try:
-        return module.tables(content)
+        made: list[Table] = module.tables(content)
+        texts(made)  # TypeError where a cell is no text
+        return made
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"the rows must be those that the suite {content['suite']!r} writes, got "

@@ -9,6 +9,8 @@ multiply would first convert the whole tensor.
 import torch
 from torch import Tensor
 
+SUMMED_ROWS = 4096  # that are added one after another: sums of more are made of such parts
+
 
 def scale_columns(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
     """x [M, N] * scale [N] + shift [N], in x's dtype."""
@@ -60,10 +62,15 @@ def scale_columns_backward(
 
 def column_sum(dy: Tensor, dtype: torch.dtype) -> Tensor:
     """sum_rows dy, in ``dtype``; on a CPU the library's own would make a float32 copy of dy."""
-    if dtype != torch.float32 or dy.dtype == dtype or not dy.is_cpu or dy.numel() == 0:
+    widens = dtype == torch.float32 and dy.element_size() == 2 and dy.is_cpu
+    if not widens or dy.numel() == 0 or not dy.is_contiguous():
         return dy.sum(0, dtype=dtype)
     one = torch.ones(dy.shape[1], dtype=dtype)
     zero = torch.zeros_like(one)
-    return torch.ops.aten.native_batch_norm_backward(
-        dy, dy, one, zero, zero, None, None, False, 1.0, [False, False, True]
-    )[2]
+    parts = [
+        torch.ops.aten.native_batch_norm_backward(
+            some, some, one, zero, zero, None, None, False, 1.0, [False, False, True]
+        )[2]
+        for some in dy.split(SUMMED_ROWS)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         defaults.parse_names(args.extension_modules),
     )  # fmt: skip
     protocol = measuring | described
-    found = {_identity(row): row for row in earlier_rows(args, protocol, FREE)}
+    found = _by_identity(earlier_rows(args, protocol, FREE))
     search = described["lr_search"]
     heads_alone: list[Arm | None] = [None] if setting.heads else []
     everyone = heads_alone + arms
@@ -232,6 +232,16 @@ def _identity(row: dict[str, Any]) -> Any:
     if row["kind"] == "cost":
         return "cost"
     return row["kind"], row["key"], row["seed"], row["rate"]
+
+
+def _by_identity(rows: list[dict[str, Any]]) -> dict[Any, dict[str, Any]]:
+    try:
+        return {_identity(row): row for row in rows}
+    except (KeyError, TypeError) as error:  # a part is missing, or is no text or number
+        raise BadInput(
+            "the rows must be those that the suite 'quality' writes, got "
+            f"{type(error).__name__}: {error}; measure again with this version"
+        ) from None
 
 
 def _has_cost(row: dict[str, Any] | None, arms: list[Arm], protocol: dict[str, Any]) -> bool:

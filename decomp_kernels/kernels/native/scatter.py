@@ -4,6 +4,7 @@ The gradients are dot products of the native library, each of two columns that a
 side first.
 """
 
+import torch
 from torch import Tensor
 
 from decomp_kernels import native_library
@@ -16,8 +17,11 @@ _SPARSE = 4
 
 
 def build(m: Scatter, weight: Tensor) -> Tensor:
+    values = m.values
+    if values.dtype == torch.float16:  # over a quantized weight that is multiplied in another dtype
+        values = values.to(torch.float32)
     return native_library.ops().scattered_sum(
-        weight.contiguous(), m.rows.contiguous(), m.cols.contiguous(), m.values.contiguous()
+        weight.contiguous(), m.rows.contiguous(), m.cols.contiguous(), values.contiguous()
     )
 
 
