@@ -9,8 +9,9 @@ from decomp_kernels import native_library
 from decomp_kernels.factors import Scatter
 from decomp_kernels.kernels.aten import scatter as aten
 from decomp_kernels.kernels.native import scatter
+from decomp_kernels.ops import scatter as operator
 from decomp_kernels.reference import scatter as reference
-from decomp_kernels.testing import assert_as_good_as
+from decomp_kernels.testing import assert_as_good_as, relative_error
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -68,18 +69,6 @@ def test_float16_values_on_a_quantized_weight(level):
         torch.testing.assert_close(d_ours, d_exact)
 
 
-def test_many_values_are_left_to_the_library(monkeypatch, level):
-    """A dense product is faster then, and what it makes is taken from it block by block."""
-    seen = []
-    dense = aten.contract
-    monkeypatch.setattr(aten, "contract", lambda *terms: seen.append(1) or dense(*terms))
-    weight, g, x = random(16, 16), random(5, 16), random(5, 16)
-    for count, by_library in ((2, False), (200, True)):
-        seen.clear()
-        scatter.contract(Scatter(*places(count, 16, 16), torch.empty(count)), weight, g, x)
-        assert bool(seen) == by_library
-
-
 def test_gradients_do_not_depend_on_the_number_of_threads(level, threads):  # noqa: F811
     for dtype in DTYPES:
         weight, g, x = (random(*s, dtype=dtype) for s in ((256, 512), (700, 256), (700, 512)))
@@ -130,7 +119,11 @@ def test_schemas(level):
         torch.library.opcheck(op.default, terms, test_utils=("test_schema",))
 
 
-def test_auto_takes_it(monkeypatch):
+@pytest.mark.parametrize(
+    ("density", "impl", "who"),
+    [(0.01, "auto", "native"), (0.5, "auto", "aten"), (0.5, "native:passes", "native")],
+)
+def test_auto_takes_it_where_a_dense_product_is_slower(density, impl, who, monkeypatch):
     if (arch := native_library.cpu_architecture()) != "avx512_bf16":
         pytest.skip(f"measured at avx512_bf16 alone, this machine has {arch}")
     called = []
@@ -142,6 +135,12 @@ def test_auto_takes_it(monkeypatch):
             return run(*terms)
 
         monkeypatch.setattr(module, "contract", note)
-    layer = dk.DecomposedLinear(torch.nn.Linear(64, 48), dk.Sparse(density=0.01))
-    layer(torch.randn(5, 64, requires_grad=True)).sum().backward()
-    assert called == ["native"]
+    weight, g, x = random(48, 64), random(5, 48), random(5, 64)
+    count = int(density * weight.numel())
+    m = Scatter(*places(count, 48, 64), torch.empty(count))
+    found = operator.contract(m, weight, g, x, impl)[-1]
+    assert called == [who]
+    exact = reference.contract(
+        Scatter(m.rows, m.cols, m.values.double()), weight.double(), g.double(), x.double()
+    )
+    assert relative_error(found, exact) < 1e-5

@@ -9,11 +9,6 @@ from torch import Tensor
 
 from decomp_kernels import native_library
 from decomp_kernels.factors import Scatter
-from decomp_kernels.kernels.aten import scatter as aten
-
-# With more than one value in this many the library's product of all is about as fast (512 tokens,
-# 1024 and 2048, both dtypes: the dot products take 0.35 to 0.7 of its time at one in 4).
-_SPARSE = 4
 
 
 def build(m: Scatter, weight: Tensor) -> Tensor:
@@ -26,8 +21,6 @@ def build(m: Scatter, weight: Tensor) -> Tensor:
 
 
 def contract(m: Scatter, weight: Tensor, g: Tensor, x: Tensor) -> Tensor:
-    if m.values.numel() * _SPARSE > weight.numel():
-        return aten.contract(m, weight, g, x)
     left, right = (t.T.contiguous() for t in (g, x.to(g.dtype)))
     total = native_library.ops().sampled_products(
         left, right, m.rows.contiguous(), m.cols.contiguous()
