@@ -78,3 +78,18 @@ def native_folder(monkeypatch, tmp_path):
     monkeypatch.undo()
     for one in kept:
         one.cache_clear()
+
+
+@pytest.fixture
+def threads():
+    """Numbers of threads to try; torch's own is as it was afterwards."""
+    before = torch.get_num_threads()
+    yield (1, 2, 3)
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def measured_level():
+    """The instruction set for which ``auto`` has measurements of host kernels."""
+    if (arch := native_library.cpu_architecture()) != "avx512_bf16":
+        pytest.skip(f"measured at avx512_bf16 alone, this machine has {arch}")

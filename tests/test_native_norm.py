@@ -32,13 +32,6 @@ SHAPES = [(0, 5), (1, 7), (5, 0), (1, 1), (37, 53), (24, 32), (601, 40), (300, 6
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield (1, 2, 3)
-    torch.set_num_threads(before)
-
-
 def random(*shape, dtype=torch.float32, seed=0):
     """Contiguous, and not where vectors would like it to be."""
     gen = torch.Generator().manual_seed(seed)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from test_native_norm import random, threads  # noqa: F401
+from test_native_norm import random
 
 import decomp_kernels as dk
 from decomp_kernels import native_library
+from decomp_kernels.bench.observed import Observed
 from decomp_kernels.factors import Scatter
 from decomp_kernels.kernels.aten import scatter as aten
 from decomp_kernels.kernels.native import scatter
@@ -69,7 +70,7 @@ def test_float16_values_on_a_quantized_weight(level):
         torch.testing.assert_close(d_ours, d_exact)
 
 
-def test_gradients_do_not_depend_on_the_number_of_threads(level, threads):  # noqa: F811
+def test_gradients_do_not_depend_on_the_number_of_threads(level, threads):
     for dtype in DTYPES:
         weight, g, x = (random(*s, dtype=dtype) for s in ((256, 512), (700, 256), (700, 512)))
         m = Scatter(*places(4000, 256, 512), torch.empty(4000))
@@ -123,23 +124,13 @@ def test_schemas(level):
     ("density", "impl", "who"),
     [(0.01, "auto", "native"), (0.5, "auto", "aten"), (0.5, "native:passes", "native")],
 )
-def test_auto_takes_it_where_a_dense_product_is_slower(density, impl, who, monkeypatch):
-    if (arch := native_library.cpu_architecture()) != "avx512_bf16":
-        pytest.skip(f"measured at avx512_bf16 alone, this machine has {arch}")
-    called = []
-    for module in (aten, scatter):
-        run = module.contract
-
-        def note(*terms, run=run, name=module.__name__):
-            called.append(name.split(".")[-2])
-            return run(*terms)
-
-        monkeypatch.setattr(module, "contract", note)
+def test_auto_takes_it_where_a_dense_product_is_slower(density, impl, who, measured_level):
     weight, g, x = random(48, 64), random(5, 48), random(5, 64)
     count = int(density * weight.numel())
     m = Scatter(*places(count, 48, 64), torch.empty(count))
-    found = operator.contract(m, weight, g, x, impl)[-1]
-    assert called == [who]
+    with Observed() as observed:
+        found = operator.contract(m, weight, g, x, impl)[-1]
+    assert observed.calls == {("scatter", "contract", who): 1}
     exact = reference.contract(
         Scatter(m.rows, m.cols, m.values.double()), weight.double(), g.double(), x.double()
     )

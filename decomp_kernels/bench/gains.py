@@ -21,15 +21,8 @@ SHOWN = (  # the methods that most people train, and SSB, the paper's own: label
     "dora", "dora, dropout 0.05", "dora, fp32 adapters", "ssb", "ia3", "adalora", "vera", "oft",
     "oft, blocks of 32",
 )  # fmt: skip
-ALSO = (
-    "boft",
-    "hra",
-    "loha",
-    "lokr",
-    "hira",
-    "sparse",
-    "pissa",
-)  # what else PEFT has, in the table
+# What else PEFT has, in the table and not in the picture.
+ALSO = ("boft", "hra", "loha", "lokr", "hira", "sparse", "pissa")
 SAME = ("device", "threads", "clock", "processes", "compile")
 SAME_MACHINE = ("cpu", "cores", "gpus")  # its clocks and its load are never the same twice
 MORE_MEMORY = 1.05  # a peak this much above PEFT's is said
@@ -81,11 +74,8 @@ def shown(found: Sequence[Gain], labels: Sequence[str] = SHOWN + ALSO) -> list[G
     shape = max((gain.shape for gain in found), key=lambda s: (s[0] * s[1] * s[2], s))
     here = [gain for gain in found if gain.shape == shape and not gain.row["bias"]]
     wanted = "bfloat16" if any(gain.dtype == "bfloat16" for gain in here) else "float32"
-    first: dict[str, Gain] = {}
-    for gain in here:
-        if gain.dtype == wanted:
-            first.setdefault(gain.label, gain)
-    return [first[label] for label in labels if label in first]
+    by_label = {gain.label: gain for gain in here if gain.dtype == wanted}
+    return [by_label[label] for label in labels if label in by_label]
 
 
 def table(found: Sequence[Gain]) -> Table:
